@@ -1,0 +1,3524 @@
+/**
+ * charserve is a web server in one file. It listens on a socket, reads bytes, understands them as
+ * HTTP/1.1 by hand, and answers with text in any charset of the Encoding Standard.
+ *
+ * HTTP is a conversation over one connection. The client sends a *request*: a line that names a
+ * method and a target, *fields* that say more, an empty line, and perhaps *content*. The server
+ * sends a *response* of the same form:
+ *
+ * ```text
+ * GET /hello HTTP/1.1␍␊               HTTP/1.1 200 OK␍␊
+ * Host: localhost:8000␍␊              Content-Type: text/plain;charset=gbk␍␊
+ * ␍␊                                  Content-Length: 4␍␊
+ *                                     ␍␊
+ *                                     C4 E3 BA C3                 (你好 in GBK)
+ * ```
+ *
+ * Reading this file downwards follows a request on its way:
+ *
+ * ```text
+ * bytes → Connection.next → parseRequest → locate (a route or a file)
+ *       → select (media type, charset, coding: what is sent, before anything is read)
+ *       → evaluatePreconditions → readContent (decode → encode → code) → resolveRange
+ *       → formatHead → Connection.write
+ * ```
+ *
+ * Run it:
+ *
+ * ```sh
+ * deno run --allow-net server.ts                                # the charset lab
+ * deno run --allow-net server.ts --charset gbk --body '你好'     # one text, in GBK
+ * deno run --allow-net --allow-read server.ts ./site            # a folder
+ * ```
+ *
+ * Or call it:
+ *
+ * ```ts
+ * import { serve } from "./server.ts";
+ *
+ * await using server = serve({
+ *   port: 0,
+ *   charset: "gbk",
+ *   routes: [[/^\/hello\/(?<name>[^/]+)$/, ({ params }) => `<h1>你好，${params.name}</h1>`]],
+ * });
+ * await server.shutdown();
+ * ```
+ *
+ * RFC 9110 is HTTP's meaning, RFC 9112 its form on the wire, RFC 9111 caching; "Encoding" is the
+ * WHATWG Encoding Standard. Comments name the section that a line obeys.
+ *
+ * @module
+ */
+
+import { Buffer } from "node:buffer";
+import { join, relative, sep } from "node:path";
+
+// ── Options ─────────────────────────────────────────────────────────────────────────────────────
+// Each option is one row. The row gives its name, how it is read, its default and its line of help;
+// the command line, `serve()` and README follow from this table.
+
+const VERSION = "0.1.0";
+
+/** What to do with a character that a charset lacks, in the words of Encoding §4.1 ("error mode"). */
+export type Unmappable = "html" | "replacement" | "fatal";
+
+/** Thrown for what a person typed wrongly; ends in one line on standard error. */
+class UsageError extends Error {}
+
+interface Option<T> {
+  /** How it is written, as `--help` shows it: `-p, --port <port>`; a flag has no `<value>`. */
+  readonly usage: string;
+  readonly help: string;
+  /** Makes the value of what was typed; throws `UsageError` that says what would have been right. */
+  readonly read: (text: string) => T;
+  /** As it would be typed. */
+  readonly initial?: string | undefined;
+  /** May be given several times: its value is a list. */
+  readonly many?: boolean;
+}
+
+const one = <T>(read: (text: string) => T, usage: string, help: string): Option<T | undefined> => ({
+  usage,
+  help,
+  read,
+});
+const initially = <T>(initial: string, read: (text: string) => T, usage: string, help: string): Option<T> => ({
+  usage,
+  help,
+  read,
+  initial,
+});
+const many = <T>(read: (text: string) => T, usage: string, help: string): Option<readonly T[]> & { many: true } => ({
+  usage,
+  help,
+  read: read as never,
+  many: true,
+});
+const flag = (usage: string, help: string): Option<boolean> => ({
+  usage,
+  help,
+  read: (text) => text === "true",
+  initial: "false",
+});
+
+// deno-fmt-ignore
+const OPTIONS = {
+  port: initially("8000", integer(0, 65535), "-p, --port <port>", "0 takes any free port"),
+  host: initially("127.0.0.1", String, "--host <address>", "0.0.0.0 or :: lets other machines in"),
+  unix: one(String, "--unix <path>", "listen on a Unix socket instead"),
+  cert: one(String, "--cert <file>", "HTTPS: the certificate, in PEM"),
+  key: one(String, "--key <file>", "HTTPS: its private key, in PEM"),
+  workers: initially("1", workerCount, "--workers <n>", "threads that share the port; auto is one a core"),
+  allowHost: many(hostName, "--allow-host <name>", "a host name to answer to besides the address listened on; * is any"),
+  body: one(String, "--body <text>", "answer every GET with this text; - reads it from standard input"),
+  charset: one(encodingOption, "-c, --charset <label>", "send text in this charset"),
+  sourceCharset: initially("auto", orWord("auto", encodingOption), "--source-charset <label>", "the charset that files are stored in"),
+  declare: one(label, "--declare <label>", "what Content-Type claims, if not the truth; none claims nothing"),
+  unmappable: initially("auto", oneOf("auto", "html", "replacement", "fatal"), "--unmappable <mode>", "for what the charset lacks: html writes &#N;, replacement ?, fatal refuses"),
+  header: many(fieldLine, "--header <field>", '"Name: value" on every response'),
+  cors: flag("--cors", "let scripts of other sites read: Access-Control-Allow-Origin: *"),
+  fallback: one(String, "--fallback <file>", "answer what is not found with this file of ROOT"),
+  noListing: flag("--no-listing", "no folder listings"),
+  dotfiles: flag("--dotfiles", "serve names that begin with a dot"),
+  trustProxy: flag("--trust-proxy", "log the client that X-Forwarded-For or Forwarded names"),
+  log: initially("common", oneOf("common", "wire", "none"), "--log <form>", "common (Common Log Format + charset), wire (every head), none"),
+  headerTimeout: initially("10s", duration, "--header-timeout <time>", "longest wait for a whole request head"),
+  idleTimeout: initially("60s", duration, "--idle-timeout <time>", "longest silence of a client"),
+  maxConnections: initially("1000", integer(1, 1_000_000), "--max-connections <n>", "connections at once; the next one gets 503"),
+  maxBody: initially("1MiB", byteSize, "--max-body <size>", "longest content of a request"),
+  help: flag("-h, --help", "show this and exit"),
+  version: flag("-V, --version", "show the version and exit"),
+};
+
+type OptionName = keyof typeof OPTIONS;
+type Settings = {
+  readonly [K in OptionName]: (typeof OPTIONS)[K] extends Option<infer T> ? T : never;
+};
+
+/** Options of {@linkcode serve}. What the command line takes is here under the same names. */
+export interface ServeOptions {
+  /** TCP port; 0 takes any free one. @default {8000} */
+  port?: number;
+  /** Address to listen on. @default {"127.0.0.1"} */
+  host?: string;
+  /** Path of a Unix socket to listen on instead of a TCP port. */
+  unix?: string | undefined;
+  /** Certificate chain in PEM (the text itself): serves HTTPS, together with `key`. */
+  cert?: string | undefined;
+  /** Private key of `cert` in PEM (the text itself). */
+  key?: string | undefined;
+  /** Share the port with other listeners that do the same (`SO_REUSEPORT`, needs `--unstable-net`). */
+  reusePort?: boolean;
+  /** Host names to answer to besides the address listened on; `*` is any. RFC 9110 §7.4. */
+  allowHost?: readonly string[];
+  /** Folder or file to serve. */
+  root?: string | undefined;
+  /** Answers every GET that no route takes with this text. */
+  body?: string | undefined;
+  /** Charset to send text in; without it files keep their own, and generated text is UTF-8. */
+  charset?: string | undefined;
+  /** Charset that files are stored in; `auto` looks into them. @default {"auto"} */
+  sourceCharset?: string;
+  /** What `Content-Type` claims instead of the true charset; `none` claims nothing. */
+  declare?: string | undefined;
+  /** What to write for a character that the charset lacks. @default {"auto"} */
+  unmappable?: Unmappable | "auto";
+  /** Fields sent with every response; they win over the server's own. */
+  header?: readonly (readonly [name: string, value: string])[];
+  /** Sends `Access-Control-Allow-Origin: *` and answers preflights. @default {false} */
+  cors?: boolean;
+  /** File of `root` that answers, with 200, what is not found (single-page applications). */
+  fallback?: string | undefined;
+  /** Never lists folders. @default {false} */
+  noListing?: boolean;
+  /** Serves names that begin with a dot. @default {false} */
+  dotfiles?: boolean;
+  /** Logs the client that `X-Forwarded-For` or `Forwarded` names. @default {false} */
+  trustProxy?: boolean;
+  /** Form of the log. @default {"none"} */
+  log?: "common" | "wire" | "none";
+  /** Takes the log's text, whole lines at a time; without it standard error does. */
+  onLog?: (lines: string) => void;
+  /** Longest wait for a whole request head, in milliseconds. @default {10000} */
+  headerTimeout?: number;
+  /** Longest silence of a client, in milliseconds. @default {60000} */
+  idleTimeout?: number;
+  /** Most connections at once; the next one gets 503. @default {1000} */
+  maxConnections?: number;
+  /** Longest content of a request, in bytes. @default {1048576} */
+  maxBody?: number;
+  /** Resources of a program's own, tried in order before all others. */
+  routes?: readonly Route[];
+  /** Stops the server, as `shutdown()` does, when it is aborted. */
+  signal?: AbortSignal;
+  /** Called with the address once connections are accepted. */
+  onListen?: (address: Deno.Addr) => void;
+  /** Told of every error that a handler throws; what it returns answers the request, else 500. */
+  onError?: (error: unknown) => Content | void | Promise<Content | void>;
+}
+
+/** The defaults of the table, as `serve()` starts from them. */
+const DEFAULTS = Object.fromEntries(
+  Object.entries<Option<unknown>>(OPTIONS).map(([name, { initial, many, read }]) => [
+    name,
+    many ? [] : initial === undefined ? undefined : read(initial),
+  ]),
+) as unknown as Settings;
+
+function integer(least: number, most: number) {
+  return (text: string): number => {
+    const value = /^\d{1,9}$/.test(text) ? Number(text) : NaN;
+    if (value >= least && value <= most) return value;
+    throw new UsageError(`expected a whole number from ${least} to ${most}`);
+  };
+}
+
+/** Reads `8`, `auto`: as many threads as there are cores. */
+function workerCount(text: string): number {
+  return text === "auto" ? navigator.hardwareConcurrency : integer(1, 256)(text);
+}
+
+/** Reads `10s`, `500ms`, `2m` or `10` (seconds). Returns milliseconds. */
+function duration(text: string): number {
+  const match = /^(\d{1,6}(?:\.\d{1,3})?)(ms|s|m)?$/.exec(text);
+  const value = Number(match?.[1]) * { ms: 1, s: 1000, m: 60_000 }[match?.[2] as "ms" ?? "s"];
+  if (value >= 1) return value;
+  throw new UsageError(`expected a time such as 10s, 500ms or 2m`);
+}
+
+/** Reads `1MiB`, `64KiB` or `1000` (bytes). Returns bytes. */
+function byteSize(text: string): number {
+  const match = /^(\d{1,9})(KiB|MiB|GiB)?$/i.exec(text);
+  if (match === null) throw new UsageError(`expected a size such as 1MiB, 64KiB or 1000`);
+  const unit = { kib: 2 ** 10, mib: 2 ** 20, gib: 2 ** 30 }[match[2]?.toLowerCase() as "kib"] ?? 1;
+  return Number(match[1]) * unit;
+}
+
+function oneOf<const W extends string>(...words: W[]) {
+  return (text: string): W => {
+    if (words.includes(text as W)) return text as W;
+    throw new UsageError(`expected ${words.join(", ")}${didYouMean(text, words)}`);
+  };
+}
+
+function orWord(word: string, read: (text: string) => string) {
+  return (text: string): string => text === word ? word : read(text);
+}
+
+function encodingOption(text: string): string {
+  try {
+    return encodingOf(text);
+  } catch (error) {
+    throw new UsageError((error as Error).message);
+  }
+}
+
+/** A label need not exist to be declared: testers want wrong ones. It must only be a token. */
+function label(text: string): string {
+  if (TOKEN.test(text)) return text;
+  throw new UsageError("expected a label such as gbk, or none");
+}
+
+function hostName(text: string): string {
+  if (text === "*" || HOST.test(text)) return text.toLowerCase();
+  throw new UsageError("expected a host name such as example.com, without a port, or *");
+}
+
+/** Reads `Name: value`. Framing is the server's own: its fields are refused. */
+function fieldLine(text: string): Field {
+  const { name, value } = FIELD_LINE.exec(text)?.groups ?? {};
+  if (name === undefined || value === undefined) throw new UsageError('expected "Name: value"');
+  if (/^(content-length|transfer-encoding|connection|date|content-range)$/i.test(name)) {
+    throw new UsageError(`${name} is the server's to write`);
+  }
+  return [name, value];
+}
+
+/** `, did you mean X?` for the candidate with the least edit distance, if one is near. */
+function didYouMean(typed: string, candidates: readonly string[]): string {
+  let best = "", least = Math.max(2, typed.length / 3);
+  for (const candidate of candidates) {
+    const distance = editDistance(typed.toLowerCase(), candidate);
+    if (distance <= least && (distance < least || best === "")) [best, least] = [candidate, distance];
+  }
+  return best && `, did you mean ${best}?`;
+}
+
+/** Insertions, removals, replacements and swaps of neighbours that make `a` into `b`. */
+function editDistance(a: string, b: string): number {
+  let [before, last] = [[] as number[], Array.from({ length: b.length + 1 }, (_, j) => j)];
+  for (let i = 1; i <= a.length; i++) {
+    const row = [i];
+    for (let j = 1; j <= b.length; j++) {
+      const change = a[i - 1] === b[j - 1] ? 0 : 1;
+      row[j] = Math.min(last[j]! + 1, row[j - 1]! + 1, last[j - 1]! + change);
+      if (a[i - 1] === b[j - 2] && a[i - 2] === b[j - 1]) row[j] = Math.min(row[j]!, before[j - 2]! + 1);
+    }
+    [before, last] = [last, row];
+  }
+  return last[b.length]!;
+}
+
+// ── Vocabulary ──────────────────────────────────────────────────────────────────────────────────
+// The words that HTTP is made of: fields, tokens, dates, qualities, and the statuses a server says.
+
+type Field = readonly [name: string, value: string];
+
+/** RFC 9110 §5.6.2. */
+const TOKEN = /^[!#$%&'*+\-.^_`|~0-9A-Za-z]+$/;
+/** RFC 9110 §5.1 and §5.5: what may stand in one line, without the white space around the value. */
+const FIELD_LINE =
+  /^(?<name>[!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*(?<value>[\x21-\x7e\x80-\xff]?|[\x21-\x7e\x80-\xff][\t\x20-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])[ \t]*$/;
+/** RFC 3986 §3.2.2, without a port: a name, an IPv4 address, or an IPv6 address in brackets. */
+const HOST = /^(?:[0-9A-Za-z\-._~!$&'()*+,;=%]+|\[[0-9A-Fa-f:.]+\])$/;
+
+// deno-fmt-ignore
+const REASONS: Readonly<Record<number, string>> = {
+  100: "Continue", 200: "OK", 201: "Created", 202: "Accepted", 204: "No Content", 205: "Reset Content",
+  206: "Partial Content", 301: "Moved Permanently", 302: "Found", 303: "See Other", 304: "Not Modified",
+  307: "Temporary Redirect", 308: "Permanent Redirect", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
+  404: "Not Found", 405: "Method Not Allowed", 406: "Not Acceptable", 408: "Request Timeout", 409: "Conflict",
+  410: "Gone", 411: "Length Required", 412: "Precondition Failed", 413: "Content Too Large", 414: "URI Too Long",
+  415: "Unsupported Media Type", 416: "Range Not Satisfiable", 417: "Expectation Failed", 418: "I'm a Teapot",
+  421: "Misdirected Request", 422: "Unprocessable Content", 425: "Too Early", 426: "Upgrade Required",
+  428: "Precondition Required", 429: "Too Many Requests", 431: "Request Header Fields Too Large",
+  451: "Unavailable For Legal Reasons", 500: "Internal Server Error", 501: "Not Implemented", 502: "Bad Gateway",
+  503: "Service Unavailable", 504: "Gateway Timeout", 505: "HTTP Version Not Supported",
+};
+
+/**
+ * An answer that is not the one hoped for. Any stage, and any handler, may throw it; the connection
+ * turns it into a small page. The message is shown to the client.
+ */
+export class HttpError extends Error {
+  /** Status code of RFC 9110 §15, from 400 to 599. */
+  readonly status: number;
+  /** Fields that the response must carry, `Allow` of a 405 say. */
+  readonly fields: readonly (readonly [name: string, value: string])[];
+
+  /** Makes an error for `status`, explained to the client by `message`, to the log by `options.cause`. */
+  constructor(
+    status: number,
+    message: string,
+    fields: readonly (readonly [name: string, value: string])[] = [],
+    options?: ErrorOptions,
+  ) {
+    super(message, options);
+    this.name = "HttpError";
+    this.status = status;
+    this.fields = fields;
+  }
+}
+
+/** RFC 9110 §5.6.7: `toUTCString` happens to be the IMF-fixdate that HTTP wants. */
+function formatDate(time: number): string {
+  return new Date(time).toUTCString();
+}
+
+const MONTHS = "JanFebMarAprMayJunJulAugSepOctNovDec";
+const HTTP_DATES = [
+  /^\w{3}, (?<day>\d\d) (?<month>\w{3}) (?<year>\d{4}) (?<h>\d\d):(?<m>\d\d):(?<s>\d\d) GMT$/, // IMF-fixdate
+  /^\w{6,9}, (?<day>\d\d)-(?<month>\w{3})-(?<year>\d\d) (?<h>\d\d):(?<m>\d\d):(?<s>\d\d) GMT$/, // RFC 850
+  /^\w{3} (?<month>\w{3}) (?<day>[\d ]\d) (?<h>\d\d):(?<m>\d\d):(?<s>\d\d) (?<year>\d{4})$/, // asctime
+];
+
+/** The three forms of RFC 9110 §5.6.7, as milliseconds; NaN for anything else. */
+function parseDate(text: string): number {
+  for (const form of HTTP_DATES) {
+    const part = form.exec(text)?.groups;
+    if (part === undefined) continue;
+    const month = MONTHS.indexOf(part.month!) / 3, [day, h, m, s] = [part.day, part.h, part.m, part.s].map(Number);
+    let year = Number(part.year);
+    // A year of two digits is the nearest that is less than 50 years ahead.
+    if (part.year!.length === 2) {
+      const now = new Date().getUTCFullYear();
+      year += now - now % 100;
+      if (year > now + 50) year -= 100;
+    }
+    const time = Date.UTC(year, month, day, h, m, s);
+    const sound = Number.isInteger(month) && new Date(time).getUTCDate() === day && h! < 24 && m! < 60 && s! < 61;
+    return sound ? time : NaN;
+  }
+  return NaN;
+}
+
+/** The members of a comma-separated list (RFC 9110 §5.6.1), trimmed, without the empty ones. */
+function parseList(value: string): string[] {
+  return value.split(",").map((member) => member.trim()).filter((member) => member !== "");
+}
+
+const WEIGHTED =
+  /^(?<item>[^;\s]+)(?:[ \t]*;(?![ \t]*q=)[^;]*)*(?:[ \t]*;[ \t]*q=(?<q>0(?:\.\d{0,3})?|1(?:\.0{0,3})?))?[ \t]*$/i;
+
+/** An `Accept…` field (RFC 9110 §12.4.2): what is accepted, in lower case, with its quality. */
+function parseAccept(value: string): Map<string, number> {
+  const qualities = new Map<string, number>();
+  for (const member of parseList(value)) {
+    const { item, q } = WEIGHTED.exec(member)?.groups ?? {};
+    if (item !== undefined) qualities.set(item.toLowerCase(), q === undefined ? 1 : Number(q));
+  }
+  return qualities;
+}
+
+/** Text with what markup would take for its own made harmless. */
+function escapeMarkup(text: string): string {
+  return text.replace(/[&<>"']/g, (character) => `&#${character.charCodeAt(0)};`);
+}
+
+/** Text from the wire that is safe on a terminal and in one line of a log: no control characters. */
+function escapeControls(text: string): string {
+  // deno-lint-ignore no-control-regex
+  return text.replace(/[\x00-\x1f\x7f-\x9f\\"\u2028\u2029\u202a-\u202e\u2066-\u2069]/g, (character) => {
+    const code = character.charCodeAt(0);
+    if (character === '"' || character === "\\") return "\\" + character;
+    return code < 256 ? `\\x${code.toString(16).padStart(2, "0")}` : `\\u${code.toString(16)}`;
+  });
+}
+
+/** Bytes as text, one character a byte: how heads are read and written (RFC 9112 §2.2). */
+function latin1(bytes: Uint8Array, start = 0, end = bytes.length): string {
+  return Buffer.prototype.latin1Slice.call(bytes, start, end);
+}
+
+/** The opposite of `latin1`. */
+function latin1Bytes(text: string): Uint8Array<ArrayBuffer> {
+  const bytes = new Uint8Array(text.length);
+  Buffer.prototype.latin1Write.call(bytes, text, 0, text.length);
+  return bytes;
+}
+
+function concat(parts: readonly Uint8Array[]): Uint8Array<ArrayBuffer> {
+  const whole = new Uint8Array(parts.reduce((sum, part) => sum + part.length, 0));
+  let at = 0;
+  for (const part of parts) whole.set(part, at), at += part.length;
+  return whole;
+}
+
+// ── Connection ──────────────────────────────────────────────────────────────────────────────────
+// TCP delivers a stream of bytes, cut anywhere: a read may bring half a request or twenty. This is the
+// only place that knows it. It owns one buffer, says what it is waiting for and until when, and
+// leaves the clock to one sweep over all connections, so that no request pays for a timer.
+
+/** Longest request head, in bytes: RFC 9112 §3 and RFC 9110 §5.4 leave the figures to the server. */
+const HEAD_LIMIT = 16 * 1024;
+/** Longest chunk-size line with its extensions, in bytes. */
+const CHUNK_LINE_LIMIT = 1024;
+/** First size of a connection's buffer, in bytes: holds any browser's head; ten thousand idle ones cost 40 MB. */
+const BUFFER_SIZE = 4 * 1024;
+/** Most that is read and thrown away, in bytes and milliseconds, so that a last answer is not lost to a reset (RFC 9112 §9.6). */
+const LINGER_BYTES = 1024 * 1024, LINGER_TIME = 2000;
+/** Heads that are remembered parsed: how many, and the longest, in bytes. */
+const KNOWN_HEADS = 2048, KNOWN_HEAD_SIZE = 2048;
+
+/** What a connection waits for: a request's first byte, its rest, its content, a handler, a client that reads, its end. */
+type Waiting = "request" | "head" | "content" | "handler" | "reader" | "end";
+
+/** The longest waits of each kind, in milliseconds, and the sweep's clock. */
+interface Patience extends Readonly<Record<Waiting, number>> {
+  now: number;
+}
+
+/** A request head met before, and the response that will do again while it is fresh. */
+interface KnownHead {
+  readonly head: RequestHead;
+  message?: Message | undefined;
+}
+
+/** The peer is gone, or was sent away: nobody is left to be told. */
+class Disconnected extends Error {}
+
+class Connection implements Disposable {
+  waiting: Waiting = "request";
+  deadline = Infinity;
+  /** Set when no further request will be read. */
+  closing = false;
+  /** Set when the client may still be sending although we close. */
+  lingers = false;
+  /** Set while a response is half written: nothing else can be said any more. */
+  midway = false;
+  /** The request that is being answered; undefined while its head is in doubt. */
+  current: KnownHead | undefined;
+  readonly remote: string;
+  readonly #conn: Deno.Conn;
+  readonly #patience: Patience;
+  readonly #heads: Map<string, KnownHead>;
+  /** Come and not yet consumed: `#bytes` from `#start` to `#end`. */
+  #bytes = new Uint8Array(BUFFER_SIZE);
+  #start = 0;
+  #end = 0;
+  /** Length of the last head: a client tends to repeat itself, also within one packet. */
+  #guess = 0;
+  #ready: Uint8Array[] = [];
+  #closed = false;
+  /** What has not been read of the current request's content. */
+  #unread: AsyncGenerator<Uint8Array, void> | undefined;
+  #awaitsContinue = false;
+  /** Fails the read that is under way. */
+  #interrupt: (reason: Error) => void = () => {};
+
+  constructor(conn: Deno.Conn, patience: Patience, heads: Map<string, KnownHead>) {
+    this.#conn = conn;
+    this.#patience = patience;
+    this.#heads = heads;
+    this.remote = conn.remoteAddr.transport === "tcp" ? conn.remoteAddr.hostname : "unix";
+  }
+
+  /**
+   * Reads requests and has them answered. Answers that are ready at once (bytes) leave together, in
+   * one write for all the requests of one read. Resolves with the first that has to be waited for,
+   * or with undefined when the client has no more requests. This is the path of every request:
+   * callbacks, since an `await` loop costs a quarter more.
+   */
+  next<T>(respond: (known: KnownHead) => Uint8Array | Promise<T>): Promise<T | undefined> {
+    return new Promise((resolve, reject) => {
+      const answer = () => {
+        try {
+          for (let known; (known = this.#takeHead()) !== undefined;) {
+            const reply = respond(known);
+            if (!(reply instanceof Uint8Array)) return this.#flush(() => resolve(reply), reject);
+            this.#ready.push(reply);
+            if (this.closing) return this.#flush(() => resolve(undefined), reject);
+          }
+          this.#flush(read, reject);
+        } catch (error) {
+          this.#flush(() => reject(error), reject);
+        }
+      };
+      const lost = () => reject(new Disconnected());
+      const read = () => {
+        this.#await(this.#start === this.#end ? "request" : "head");
+        this.#conn.read(this.#room()).then(received, lost);
+      };
+      const received = (count: number | null) => {
+        if (this.closing) return; // The sweep was quicker.
+        if (count !== null) {
+          this.#end += count;
+          answer();
+        } else if (this.#start === this.#end) resolve(undefined);
+        else reject(new FramingError(400, "Cannot read request: the connection ended inside its head"));
+      };
+      this.#interrupt = reject;
+      answer();
+    });
+  }
+
+  /** The next head that is complete in the buffer, from memory if these very bytes came before. */
+  #takeHead(): KnownHead | undefined {
+    const available = this.#end - this.#start;
+    if (available === 0) return undefined;
+    const known = (this.#guess <= available && this.#recall(this.#guess)) || this.#recall(available);
+    this.current = known;
+    if (known !== undefined) {
+      this.#start += known.head.size;
+      return known;
+    }
+    const head = parseRequest(this.#bytes, this.#start, this.#end);
+    if (head === undefined) return undefined;
+    this.#start += this.#guess = head.size;
+    this.#unread = head.framing.kind === "none" ? undefined : this.#readContent(head.framing);
+    this.#awaitsContinue = this.#unread !== undefined && head.minor === 1 && fieldValue(head, "expect") !== undefined;
+    return this.current = this.#remember(head);
+  }
+
+  #recall(length: number): KnownHead | undefined {
+    if (length > KNOWN_HEAD_SIZE) return undefined;
+    const known = this.#heads.get(latin1(this.#bytes, this.#start, this.#start + length));
+    if (known !== undefined) this.#guess = length;
+    return known;
+  }
+
+  #remember(head: RequestHead): KnownHead {
+    const known = { head };
+    if (head.size <= KNOWN_HEAD_SIZE && head.size === head.text.length && head.framing.kind === "none") {
+      if (this.#heads.size >= KNOWN_HEADS) this.#heads.clear();
+      this.#heads.set(head.text, known);
+    }
+    return known;
+  }
+
+  /** Where the next bytes go: behind those that wait, in a buffer that grows while a head needs it. */
+  #room(): Uint8Array {
+    if (this.#start === this.#end) {
+      this.#start = this.#end = 0;
+      return this.#bytes;
+    }
+    if (this.#end === this.#bytes.length) {
+      const larger = this.#start > 0 ? this.#bytes : new Uint8Array(this.#bytes.length * 2);
+      larger.set(this.#bytes.subarray(this.#start, this.#end));
+      this.#bytes = larger;
+      [this.#start, this.#end] = [0, this.#end - this.#start];
+    }
+    return this.#bytes.subarray(this.#end);
+  }
+
+  #await(waiting: Waiting): void {
+    // The deadline of a head stands from its first byte: a slow drip does not extend it.
+    if (waiting === "head" && this.waiting === "head") return;
+    this.waiting = waiting;
+    this.deadline = this.#patience.now + this.#patience[waiting];
+  }
+
+  /** Writes all that is ready, then goes on. */
+  #flush(then: () => void, fail: (error: unknown) => void): void {
+    const ready = this.#ready;
+    if (ready.length === 0) return then();
+    const bytes = ready.length === 1 ? ready[0]! : concat(ready);
+    this.#ready = [];
+    this.#await("reader");
+    this.#conn.write(bytes).then((count) => {
+      if (count === bytes.length) then();
+      else this.write(bytes.subarray(count)).then(then, fail);
+    }, () => fail(new Disconnected()));
+  }
+
+  /** Writes all of `bytes`: the system may take fewer at a time. */
+  async write(bytes: Uint8Array): Promise<void> {
+    try {
+      for (let sent = 0; sent < bytes.length;) {
+        this.#await("reader");
+        sent += await this.#conn.write(sent === 0 ? bytes : bytes.subarray(sent));
+      }
+    } catch {
+      throw new Disconnected();
+    }
+    this.#await("handler");
+  }
+
+  /** No further request is read; `lingers` if the client does not expect that. */
+  close(lingers = true): void {
+    this.closing = true;
+    this.lingers ||= lingers;
+  }
+
+  /**
+   * The content of the current request.
+   * @throws {HttpError} 413 if it is longer than `limit` bytes, 400 if it is malformed, 408 if it does not come.
+   */
+  async receive(limit: number): Promise<Uint8Array<ArrayBuffer>> {
+    if (!this.canSkip(limit)) throw new HttpError(413, `The content exceeds ${limit} bytes`);
+    if (this.#awaitsContinue) {
+      this.#awaitsContinue = false;
+      await this.write(CONTINUE);
+    }
+    const pieces: Uint8Array[] = [];
+    let size = 0;
+    for await (const piece of this.#unread ?? []) {
+      size += piece.length;
+      if (size > limit) throw new FramingError(413, `The content exceeds ${limit} bytes`);
+      pieces.push(piece.slice());
+    }
+    return concat(pieces);
+  }
+
+  /** Whether the rest of the current request can be read past, so that another can follow. */
+  canFollow(limit: number): boolean {
+    return !this.#awaitsContinue && this.canSkip(limit);
+  }
+
+  canSkip(limit: number): boolean {
+    const framing = this.current?.head.framing;
+    return framing?.kind !== "length" || framing.length <= limit;
+  }
+
+  /** Reads past what the handler left of the content. */
+  async skipContent(limit: number): Promise<void> {
+    let size = 0;
+    if (this.#unread === undefined || this.closing) return;
+    for await (const piece of this.#unread) {
+      size += piece.length;
+      if (size > limit) return this.close();
+    }
+  }
+
+  /** Reads more bytes than there are. */
+  #fill(): Promise<void> {
+    return new Promise((resolve, reject) => {
+      this.#interrupt = reject;
+      this.#await("content");
+      this.#conn.read(this.#room()).then((count) => {
+        if (count === null) return reject(new Disconnected());
+        this.#end += count;
+        this.#await("handler");
+        resolve();
+      }, () => reject(new Disconnected()));
+    });
+  }
+
+  /**
+   * The content of the request whose head was taken last, in pieces that are only good until the
+   * next one is asked for (RFC 9112 §6.3; chunks: §7.1).
+   */
+  async *#readContent(framing: Framing): AsyncGenerator<Uint8Array, void> {
+    if (framing.kind === "length") yield* this.#readBytes(framing.length);
+    if (framing.kind !== "chunked") return;
+    for (let size; (size = parseChunkSize(await this.#readLine())) > 0;) {
+      yield* this.#readBytes(size);
+      if (await this.#readLine() !== "") {
+        throw new FramingError(400, "Cannot read chunk: it is longer than its size");
+      }
+    }
+    // Trailer fields are checked as fields are, and dropped (RFC 9110 §6.5.1 lets us).
+    for (let line, size = 0; (line = await this.#readLine()) !== "";) {
+      size += line.length;
+      if (!FIELD_LINE.test(line) || size > HEAD_LIMIT) throw new FramingError(400, "Cannot parse trailer fields");
+    }
+  }
+
+  async *#readBytes(count: number): AsyncGenerator<Uint8Array, void> {
+    while (count > 0) {
+      if (this.#start === this.#end) await this.#fill();
+      const piece = this.#bytes.subarray(this.#start, Math.min(this.#end, this.#start + count));
+      this.#start += piece.length;
+      count -= piece.length;
+      yield piece;
+    }
+  }
+
+  /** A line of the chunked coding, without its CRLF. A bare CR or LF does not end one. */
+  async #readLine(): Promise<string> {
+    for (;;) {
+      const unread = this.#bytes.subarray(this.#start, this.#end);
+      const length = unread.indexOf(0x0a);
+      if (length > CHUNK_LINE_LIMIT || (length < 0 && unread.length > CHUNK_LINE_LIMIT)) {
+        throw new FramingError(400, `Cannot read chunk: a line exceeds ${CHUNK_LINE_LIMIT} bytes`);
+      }
+      if (length >= 0) {
+        const line = latin1(unread, 0, length);
+        if (!line.endsWith("\r")) throw new FramingError(400, "Cannot read chunk: a line ends without CR");
+        this.#start += length + 1;
+        return line.slice(0, -1);
+      }
+      await this.#fill();
+    }
+  }
+
+  /** The sweep found that the wait is over. Whoever kept us waiting with a request is told: 408. */
+  expire(): void {
+    const late = this.waiting === "head" || this.waiting === "content";
+    if (!late || this.closing) return this[Symbol.dispose]();
+    this.#await("reader");
+    this.closing = true;
+    this.#interrupt(new FramingError(408, "The request did not arrive in time"));
+  }
+
+  /** Ends a connection that has nothing to say: idle, at a server's end. */
+  closeIfIdle(): void {
+    if (this.waiting === "request") this[Symbol.dispose]();
+  }
+
+  /**
+   * Says that nothing more will come, and reads what the client was still sending, within limits:
+   * closing with unread bytes would reset the connection and could destroy the last answer.
+   */
+  async linger(): Promise<void> {
+    this.#await("end");
+    this.closing = true;
+    await this.#conn.closeWrite();
+    for (let left = LINGER_BYTES; left > 0;) {
+      const count = await this.#conn.read(this.#bytes);
+      if (count === null) return;
+      left -= count;
+    }
+  }
+
+  /** Closes the socket; whatever still waits for it ends as `Disconnected`. */
+  [Symbol.dispose](): void {
+    if (this.#closed) return;
+    this.#closed = this.closing = true;
+    this.deadline = Infinity;
+    this.#conn.close();
+    this.#interrupt(new Disconnected());
+  }
+}
+
+// ── Request ─────────────────────────────────────────────────────────────────────────────────────
+// A pure function over bytes with three outcomes: it returns a head, returns undefined while the head
+// is incomplete, or throws a `FramingError`. It is strict on purpose: whatever two parsers could read
+// in two ways is refused, and the connection closed, since nobody can say where the next request
+// begins (RFC 9112 §11.2, request smuggling).
+
+/** Longest request-target, in bytes. */
+const TARGET_LIMIT = 8 * 1024;
+/** Most field lines of a head. */
+const FIELD_COUNT_LIMIT = 100;
+
+/** A request that cannot be told from the next one: answered, and the connection closed. */
+class FramingError extends HttpError {}
+
+/** How the content is delimited (RFC 9112 §6.3). */
+type Framing =
+  | { readonly kind: "none" }
+  | { readonly kind: "length"; readonly length: number }
+  | { readonly kind: "chunked" };
+
+/** A parsed head. Strings are ISO-8859-1: a character a byte, nothing decoded yet. */
+interface RequestHead {
+  /** All of it, byte for byte. */
+  readonly text: string;
+  /** Its first line, safe to log. */
+  readonly line: string;
+  /** Bytes consumed: `text` and the empty lines before it. */
+  readonly size: number;
+  readonly method: string;
+  readonly target: string;
+  /** Host and port that the request is for, in lower case; empty if HTTP/1.0 names none. */
+  readonly authority: string;
+  /** Path of the target, still percent-encoded; `*` of `OPTIONS *`, empty for CONNECT. */
+  readonly path: string;
+  /** Query of the target without its `?`; undefined if there is none. */
+  readonly query: string | undefined;
+  /** The minor version: HTTP/1.0 or HTTP/1.1. */
+  readonly minor: 0 | 1;
+  readonly framing: Framing;
+  /** Whether the client wants to keep the connection (RFC 9112 §9.3). */
+  readonly persistent: boolean;
+  /** Where the fields are in `text`: four offsets each, of name and value, begin and end. */
+  readonly marks: readonly number[];
+}
+
+const EXPECTS_CONTINUE = /^100-continue$/i;
+
+const CR = 0x0d, LF = 0x0a, COLON = 0x3a, SP = 0x20, HTAB = 0x09;
+
+/** What a byte may be part of: a token, a request line, a field value. */
+const IN_TOKEN = 1, IN_LINE = 2, IN_VALUE = 4, IN_SPACE = 8;
+const CLASSES = Uint8Array.from({ length: 256 }, (_, byte) =>
+  (TOKEN.test(String.fromCharCode(byte)) ? IN_TOKEN : 0) |
+  (byte >= SP && byte !== 0x7f ? IN_LINE | IN_VALUE : 0) |
+  (byte === HTAB ? IN_VALUE : 0) |
+  (byte === SP || byte === HTAB ? IN_SPACE : 0));
+
+/** What a line's end is while it has not come. */
+const INCOMPLETE = Infinity;
+
+/** Parses the head that begins at `start` (RFC 9112 §2.1); undefined if it is not complete at `end`. */
+function parseRequest(bytes: Uint8Array, start: number, end: number): RequestHead | undefined {
+  // An empty line before the request line is forgiven (RFC 9112 §2.2), once.
+  const begin = bytes[start] === CR && start + 1 < end ? endLine(bytes, start, end) : start;
+  const lineEnd = skip(bytes, begin, end, IN_LINE);
+  if (lineEnd - begin > TARGET_LIMIT + 64) {
+    throw new FramingError(414, `Cannot parse request line: it exceeds ${TARGET_LIMIT} bytes`);
+  }
+  const marks: number[] = [];
+  let at = endLine(bytes, lineEnd, end);
+  while (at < end && bytes[at] !== CR) at = markField(bytes, at, end, begin, marks);
+  const headEnd = at < end ? endLine(bytes, at, end) : INCOMPLETE;
+  if (Math.min(headEnd, end) - start > HEAD_LIMIT) {
+    throw new FramingError(431, `Cannot parse head: it exceeds ${HEAD_LIMIT} bytes`);
+  }
+  if (headEnd === INCOMPLETE) return undefined;
+  return interpret(latin1(bytes, begin, headEnd), lineEnd - begin, marks, headEnd - start);
+}
+
+/** Index of the first byte, from `at` on, that is not of the class. */
+function skip(bytes: Uint8Array, at: number, end: number, byteClass: number): number {
+  while (at < end && (CLASSES[bytes[at]!]! & byteClass) !== 0) at++;
+  return at;
+}
+
+/** Where the next line begins, when this one ends at `at`: with CR and LF, both (RFC 9112 §2.2). */
+function endLine(bytes: Uint8Array, at: number, end: number): number {
+  if (at === end) return INCOMPLETE;
+  if (bytes[at] === LF) throw new FramingError(400, "Cannot parse head: a line ends without CR");
+  if (bytes[at] !== CR) throw new FramingError(400, "Cannot parse head: it has a control character");
+  if (at + 1 === end) return INCOMPLETE;
+  if (bytes[at + 1] !== LF) throw new FramingError(400, "Cannot parse head: a CR without LF");
+  return at + 2;
+}
+
+/** Notes where a field line's name and value are (RFC 9112 §5). Returns where the next line begins. */
+function markField(bytes: Uint8Array, at: number, end: number, begin: number, marks: number[]): number {
+  if (marks.length >= FIELD_COUNT_LIMIT * 4) {
+    throw new FramingError(431, `Cannot parse head: it has more than ${FIELD_COUNT_LIMIT} fields`);
+  }
+  const nameEnd = skip(bytes, at, end, IN_TOKEN);
+  if (nameEnd === end) return INCOMPLETE;
+  // §5.1: no space before the colon. §5.2: a line that begins with a space (obs-fold) is refused too.
+  if (bytes[nameEnd] !== COLON || nameEnd === at) {
+    throw new FramingError(400, "Cannot parse field: expected a name, then a colon");
+  }
+  const valueStart = skip(bytes, nameEnd + 1, end, IN_SPACE);
+  const lineEnd = skip(bytes, valueStart, end, IN_VALUE);
+  let valueEnd = lineEnd;
+  while (valueEnd > valueStart && (CLASSES[bytes[valueEnd - 1]!]! & IN_SPACE) !== 0) valueEnd--;
+  marks.push(at - begin, nameEnd - begin, valueStart - begin, valueEnd - begin);
+  return endLine(bytes, lineEnd, end);
+}
+
+const REQUEST_LINE = /^(?<method>[!#$%&'*+\-.^_`|~0-9A-Za-z]+) (?<target>[^ ]+) HTTP\/(?<major>\d)\.(?<minor>\d)$/;
+
+/** What the marked lines mean: version, target, host, framing, persistence. */
+function interpret(text: string, lineLength: number, marks: readonly number[], size: number): RequestHead {
+  const line = text.slice(0, lineLength);
+  const { method, target, major, minor } = REQUEST_LINE.exec(line)?.groups ?? {};
+  if (method === undefined || target === undefined) {
+    throw new FramingError(400, `Cannot parse request line "${line.slice(0, 200)}"`);
+  }
+  if (major !== "1") throw new FramingError(505, `HTTP/${major}.${minor} is not spoken here, HTTP/1.1 is`);
+  if (target.length > TARGET_LIMIT) throw new FramingError(414, `The target exceeds ${TARGET_LIMIT} bytes`);
+  const fields = { text, marks };
+  const connection = parseList(fieldValue(fields, "connection")?.toLowerCase() ?? "");
+  return {
+    text,
+    line: escapeControls(line),
+    size,
+    method,
+    target,
+    minor: minor === "0" ? 0 : 1,
+    ...parseTarget(method, target, parseHost(fields, minor === "0")),
+    framing: parseFraming(fields, minor === "0"),
+    persistent: minor === "0" ? connection.includes("keep-alive") : !connection.includes("close"),
+    marks,
+  };
+}
+
+/** The field's value, those of several lines joined (RFC 9110 §5.3); `name` in lower case. */
+function fieldValue({ text, marks }: Pick<RequestHead, "text" | "marks">, name: string): string | undefined {
+  let value: string | undefined;
+  for (let i = 0; i < marks.length; i += 4) {
+    if (marks[i + 1]! - marks[i]! !== name.length) continue;
+    if (text.slice(marks[i], marks[i + 1]).toLowerCase() !== name) continue;
+    const line = text.slice(marks[i + 2], marks[i + 3]);
+    value = value === undefined ? line : `${value}, ${line}`;
+  }
+  return value;
+}
+
+/** Every field line of a head, in order. */
+function fieldLines({ text, marks }: RequestHead): Field[] {
+  const lines: Field[] = [];
+  for (let i = 0; i < marks.length; i += 4) {
+    lines.push([text.slice(marks[i], marks[i + 1]), text.slice(marks[i + 2], marks[i + 3])]);
+  }
+  return lines;
+}
+
+const AUTHORITY = /^(?<host>[0-9A-Za-z\-._~!$&'()*+,;=%]*|\[[0-9A-Fa-f:.]+\])(?::(?<port>\d{0,5}))?$/;
+
+/** RFC 9112 §3.2: exactly one Host in HTTP/1.1, and a sound one. */
+function parseHost(fields: Pick<RequestHead, "text" | "marks">, old: boolean): string {
+  const host = fieldValue(fields, "host");
+  if (host === undefined && old) return "";
+  if (host === undefined) throw new FramingError(400, "Cannot parse head: it has no Host");
+  // Two Host lines are joined by a comma and a space, which no authority has.
+  if (!AUTHORITY.test(host)) throw new FramingError(400, "Cannot parse Host: expected one host and port");
+  return host.toLowerCase();
+}
+
+const ABSOLUTE = /^https?:\/\/(?<authority>[^/?#]+)(?<rest>[^#]*)$/i;
+
+/** The four forms of a target (RFC 9112 §3.2): origin, absolute, authority, asterisk. */
+function parseTarget(method: string, target: string, host: string): Pick<RequestHead, "authority" | "path" | "query"> {
+  if (method === "CONNECT" && AUTHORITY.test(target)) {
+    return { authority: target.toLowerCase(), path: "", query: undefined };
+  }
+  if (method === "OPTIONS" && target === "*") return { authority: host, path: "*", query: undefined };
+  const absolute = target.startsWith("/") ? undefined : ABSOLUTE.exec(target)?.groups;
+  const authority = absolute === undefined ? host : absolute.authority!.toLowerCase();
+  const rest = absolute === undefined ? target : absolute.rest!.replace(/^(?!\/)/, "/");
+  if (method === "CONNECT" || !rest.startsWith("/") || rest.includes("#") || !AUTHORITY.test(authority)) {
+    throw new FramingError(400, `Cannot parse target "${target.slice(0, 200)}"`);
+  }
+  const mark = rest.indexOf("?");
+  return mark < 0
+    ? { authority, path: rest, query: undefined }
+    : { authority, path: rest.slice(0, mark), query: rest.slice(mark + 1) };
+}
+
+/** RFC 9112 §6.3, without its mercies: any doubt about the length is a 400. */
+function parseFraming(fields: Pick<RequestHead, "text" | "marks">, old: boolean): Framing {
+  const coding = fieldValue(fields, "transfer-encoding");
+  const length = fieldValue(fields, "content-length");
+  if (coding !== undefined) {
+    if (length !== undefined) {
+      throw new FramingError(400, "Cannot frame content: both Content-Length and Transfer-Encoding");
+    }
+    if (old) throw new FramingError(400, "Cannot frame content: Transfer-Encoding in HTTP/1.0");
+    if (/^chunked$/i.test(coding)) return { kind: "chunked" };
+    if (/^(?:gzip|x-gzip|deflate|compress|x-compress), ?chunked$/i.test(coding)) {
+      throw new FramingError(501, `The transfer coding "${coding}" is not implemented`);
+    }
+    throw new FramingError(400, `Cannot parse Transfer-Encoding "${coding.slice(0, 100)}"`);
+  }
+  if (length === undefined) return { kind: "none" };
+  // Fifteen digits stay below 2^53; two equal lengths ("5, 5") are refused as two different ones are.
+  if (!/^\d{1,15}$/.test(length)) throw new FramingError(400, `Cannot parse Content-Length "${length.slice(0, 100)}"`);
+  return Number(length) === 0 ? { kind: "none" } : { kind: "length", length: Number(length) };
+}
+
+/** The size that a chunk's first line gives; extensions are ignored (RFC 9112 §7.1). */
+function parseChunkSize(line: string): number {
+  const { size } = /^(?<size>[0-9A-Fa-f]{1,8})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?$/.exec(line)?.groups ?? {};
+  if (size === undefined) throw new FramingError(400, `Cannot parse chunk size "${line.slice(0, 40)}"`);
+  return parseInt(size, 16);
+}
+
+// ── Charset ─────────────────────────────────────────────────────────────────────────────────────
+// A charset is a rule that turns characters into bytes. The platform decodes all of them and encodes
+// only UTF-8, so an encoder is made from the platform's decoder when it is first needed: decode every
+// byte sequence, note which character came out, and look characters up in what was noted.
+//
+// An encoder is not quite its decoder turned round, and each exception is written down where it is
+// made: sequences that are read but never written, characters with several sequences, characters
+// written without being read back (Encoding §9 to §14).
+
+/** Every label of the Encoding Standard §4.2, but those of "replacement", which encode nothing. */
+const LABELS = `
+  unicode-1-1-utf-8 unicode11utf8 unicode20utf8 utf-8 utf8 x-unicode20utf8 866 cp866 csibm866 ibm866
+  csisolatin2 iso-8859-2 iso-ir-101 iso8859-2 iso88592 iso_8859-2 iso_8859-2:1987 l2 latin2 csisolatin3
+  iso-8859-3 iso-ir-109 iso8859-3 iso88593 iso_8859-3 iso_8859-3:1988 l3 latin3 csisolatin4 iso-8859-4
+  iso-ir-110 iso8859-4 iso88594 iso_8859-4 iso_8859-4:1988 l4 latin4 csisolatincyrillic cyrillic
+  iso-8859-5 iso-ir-144 iso8859-5 iso88595 iso_8859-5 iso_8859-5:1988 arabic asmo-708 csiso88596e
+  csiso88596i csisolatinarabic ecma-114 iso-8859-6 iso-8859-6-e iso-8859-6-i iso-ir-127 iso8859-6
+  iso88596 iso_8859-6 iso_8859-6:1987 csisolatingreek ecma-118 elot_928 greek greek8 iso-8859-7
+  iso-ir-126 iso8859-7 iso88597 iso_8859-7 iso_8859-7:1987 sun_eu_greek csiso88598e csisolatinhebrew
+  hebrew iso-8859-8 iso-8859-8-e iso-ir-138 iso8859-8 iso88598 iso_8859-8 iso_8859-8:1988 visual
+  csiso88598i iso-8859-8-i logical csisolatin6 iso-8859-10 iso-ir-157 iso8859-10 iso885910 l6 latin6
+  iso-8859-13 iso8859-13 iso885913 iso-8859-14 iso8859-14 iso885914 csisolatin9 iso-8859-15 iso8859-15
+  iso885915 iso_8859-15 l9 iso-8859-16 cskoi8r koi koi8 koi8-r koi8_r koi8-ru koi8-u csmacintosh mac
+  macintosh x-mac-roman dos-874 iso-8859-11 iso8859-11 iso885911 tis-620 windows-874 cp1250 windows-1250
+  x-cp1250 cp1251 windows-1251 x-cp1251 ansi_x3.4-1968 ascii cp1252 cp819 csisolatin1 ibm819 iso-8859-1
+  iso-ir-100 iso8859-1 iso88591 iso_8859-1 iso_8859-1:1987 l1 latin1 us-ascii windows-1252 x-cp1252
+  cp1253 windows-1253 x-cp1253 cp1254 csisolatin5 iso-8859-9 iso-ir-148 iso8859-9 iso88599 iso_8859-9
+  iso_8859-9:1989 l5 latin5 windows-1254 x-cp1254 cp1255 windows-1255 x-cp1255 cp1256 windows-1256
+  x-cp1256 cp1257 windows-1257 x-cp1257 cp1258 windows-1258 x-cp1258 x-mac-cyrillic x-mac-ukrainian
+  chinese csgb2312 csiso58gb231280 gb2312 gb_2312 gb_2312-80 gbk iso-ir-58 x-gbk gb18030 big5 big5-hkscs
+  cn-big5 csbig5 x-x-big5 cseucpkdfmtjapanese euc-jp x-euc-jp csiso2022jp iso-2022-jp csshiftjis ms932
+  ms_kanji shift-jis shift_jis sjis windows-31j x-sjis cseuckr csksc56011987 euc-kr iso-ir-149 korean
+  ks_c_5601-1987 ks_c_5601-1989 ksc5601 ksc_5601 windows-949 unicodefffe utf-16be csunicode
+  iso-10646-ucs-2 ucs-2 unicode unicodefeff utf-16 utf-16le x-user-defined`.trim().split(/\s+/);
+
+/** The encodings' names (lower case) with all their labels. */
+const ENCODINGS: ReadonlyMap<string, readonly string[]> = Map.groupBy(LABELS, (label) => encodingOf(label));
+
+/** Name of the encoding that a label stands for (Encoding §4.2); `RangeError` if it stands for none. */
+function encodingOf(label: string): string {
+  try {
+    return new TextDecoder(label).encoding;
+  } catch {
+    const near = didYouMean(label, LABELS);
+    throw new RangeError(
+      `The charset "${escapeControls(label.slice(0, 40))}" does not exist or cannot be written${near}`,
+    );
+  }
+}
+
+/**
+ * Encodes text as a browser does that submits a form from a page in that charset (Encoding §4.4,
+ * "encode"). A lone surrogate counts as U+FFFD. No byte-order mark is written.
+ *
+ * ```ts
+ * import { encode } from "./server.ts";
+ * encode("你好", "gbk"); // C4 E3 BA C3
+ * encode("€", "big5", "html"); // A3 E1
+ * encode("é", "gbk", "replacement"); // A8 A6
+ * ```
+ *
+ * @param text What to encode.
+ * @param label Any label of the Encoding Standard, in any case: `gbk`, `gb2312`, `Shift_JIS`, …
+ * @param mode What becomes of a character that the charset lacks: `html` writes its character
+ * reference (`&#N;`), `replacement` a question mark, `fatal` throws.
+ * @returns The bytes.
+ * @throws {RangeError} The label is unknown, or belongs to the "replacement" encoding.
+ * @throws {TypeError} In mode `fatal`, naming the first character that the charset lacks.
+ */
+export function encode(text: string, label: string, mode: Unmappable = "html"): Uint8Array<ArrayBuffer> {
+  return encodeText(text, encodingOf(label), mode).bytes;
+}
+
+/** Encoded text, and how many characters were lost: written otherwise than as themselves. */
+interface Encoded {
+  readonly bytes: Uint8Array<ArrayBuffer>;
+  readonly lost: number;
+}
+
+const UTF8_ENCODER = new TextEncoder();
+
+function encodeText(text: string, encoding: string, mode: Unmappable): Encoded {
+  if (encoding === "utf-8") return { bytes: UTF8_ENCODER.encode(text), lost: 0 };
+  if (encoding.startsWith("utf-16")) return { bytes: encodeUtf16(text, encoding === "utf-16be"), lost: 0 };
+  const writer = new Writer(encoding, mode, text.length);
+  if (encoding === "iso-2022-jp") writeIso2022Jp(text, repertoireOf(encoding), writer);
+  else writeTable(text, repertoireOf(encoding), writer);
+  return { bytes: writer.bytes.subarray(0, writer.length), lost: writer.lost };
+}
+
+/** What encoders write into: bytes that grow, and the answer to what the charset lacks. */
+class Writer {
+  bytes: Uint8Array<ArrayBuffer>;
+  length = 0;
+  lost = 0;
+
+  constructor(readonly encoding: string, readonly mode: Unmappable, characters: number) {
+    // Two bytes a UTF-16 code unit are enough for all but `&#N;` and four-byte sequences.
+    this.bytes = new Uint8Array(characters * (isMultiByte(encoding) ? 2 : 1) + 16);
+  }
+
+  /** Makes room for `count` bytes and `units` code units that may follow. */
+  reserve(count: number, units: number): void {
+    const needed = this.length + count + units * 2 + 16;
+    if (needed <= this.bytes.length) return;
+    const larger = new Uint8Array(needed + (needed >> 2));
+    larger.set(this.bytes.subarray(0, this.length));
+    this.bytes = larger;
+  }
+
+  /** Encoding §4.1: what the error mode makes of a character. */
+  lose(codePoint: number, units: number): void {
+    this.lost++;
+    if (this.mode === "fatal") {
+      const name = "U+" + codePoint.toString(16).toUpperCase().padStart(4, "0");
+      throw new TypeError(`The charset ${this.encoding} has no ${name} (${String.fromCodePoint(codePoint)})`);
+    }
+    const instead = this.mode === "html" ? `&#${codePoint};` : "?";
+    this.reserve(instead.length, units);
+    for (let i = 0; i < instead.length; i++) this.bytes[this.length++] = instead.charCodeAt(i);
+  }
+}
+
+/** What a charset can write: the bytes of each character, as one number with the first byte highest. */
+interface Repertoire {
+  /** By UTF-16 code unit: one byte, two bytes, or 0 if the charset lacks it. */
+  readonly units: Uint16Array;
+  /** Two bytes by code point, above U+FFFF. */
+  readonly astral?: ReadonlyMap<number, number>;
+  /** gb18030's four-byte pointers, plus one, by code unit. */
+  readonly pointers?: Uint16Array;
+}
+
+/** Every charset whose bytes are looked up: ASCII, then a table (Encoding §9.2, §10, §11, §12, §14). */
+function writeTable(text: string, repertoire: Repertoire, writer: Writer): void {
+  const { units } = repertoire;
+  let { bytes, length } = writer;
+  for (let i = 0; i < text.length; i++) {
+    const unit = text.charCodeAt(i);
+    if (unit < 0x80) {
+      bytes[length++] = unit;
+      continue;
+    }
+    const code = units[unit]!;
+    if (code > 0xff) {
+      bytes[length++] = code >> 8;
+      bytes[length++] = code;
+    } else if (code > 0) bytes[length++] = code;
+    else {
+      writer.length = length;
+      if (writeRare(text, i, repertoire, writer)) i++;
+      ({ bytes, length } = writer);
+    }
+  }
+  writer.length = length;
+}
+
+/** Writes what the table of units lacks. Returns whether it took two units. */
+function writeRare(text: string, at: number, { astral, pointers }: Repertoire, writer: Writer): boolean {
+  const codePoint = scalarAt(text, at), wide = codePoint > 0xffff, rest = text.length - at;
+  const code = astral?.get(codePoint);
+  if (code !== undefined) {
+    writer.bytes[writer.length++] = code >> 8;
+    writer.bytes[writer.length++] = code;
+  } else if (pointers !== undefined && (wide || pointers[codePoint] !== 0)) {
+    // §10.2.2: four bytes are a pointer in base 10, 126, 10 and 126; the astral planes are one run.
+    const pointer = wide ? 189000 + codePoint - 0x10000 : pointers[codePoint]! - 1;
+    writer.reserve(4, rest);
+    writer.bytes[writer.length++] = 0x81 + Math.trunc(pointer / 12600);
+    writer.bytes[writer.length++] = 0x30 + Math.trunc(pointer / 1260) % 10;
+    writer.bytes[writer.length++] = 0x81 + Math.trunc(pointer / 10) % 126;
+    writer.bytes[writer.length++] = 0x30 + pointer % 10;
+  } else writer.lose(codePoint, rest);
+  return wide;
+}
+
+/** The code point at an index; a lone surrogate is U+FFFD. */
+function scalarAt(text: string, at: number): number {
+  const codePoint = text.codePointAt(at)!;
+  return codePoint >= 0xd800 && codePoint <= 0xdfff ? 0xfffd : codePoint;
+}
+
+/** ISO-2022-JP's states and the escape sequence that enters each (Encoding §12.2.2). */
+const ASCII = 0x42, ROMAN = 0x4a, JIS0208 = 0x4224;
+
+/** The one encoder with a state: escape sequences switch between ASCII, JIS X 0201 Roman, and JIS X 0208. */
+function writeIso2022Jp(text: string, { units }: Repertoire, writer: Writer): void {
+  let state = ASCII;
+  const enter = (next: number) => {
+    if (state === next) return;
+    state = next;
+    // ESC ( B, ESC ( J, ESC $ B.
+    writer.bytes.set(next === JIS0208 ? [0x1b, 0x24, 0x42] : [0x1b, 0x28, next], writer.length);
+    writer.length += 3;
+  };
+  for (let i = 0; i < text.length; i++) {
+    const codePoint = scalarAt(text, i);
+    writer.reserve(8, text.length - i);
+    if (codePoint > 0xffff) i++;
+    const roman = codePoint === 0xa5 ? 0x5c : codePoint === 0x203e ? 0x7e : 0;
+    const code = units[codePoint] ?? 0;
+    if (codePoint < 0x80) {
+      // Roman is ASCII but for two characters. What could be an escape sequence is an error.
+      if (state !== ROMAN || codePoint === 0x5c || codePoint === 0x7e) enter(ASCII);
+      if (codePoint === 0x0e || codePoint === 0x0f || codePoint === 0x1b) writer.lose(0xfffd, text.length - i);
+      else writer.bytes[writer.length++] = codePoint;
+    } else if (roman !== 0) {
+      enter(ROMAN);
+      writer.bytes[writer.length++] = roman;
+    } else if (code !== 0) {
+      enter(JIS0208);
+      writer.bytes[writer.length++] = code >> 8;
+      writer.bytes[writer.length++] = code;
+    } else {
+      if (state === JIS0208) enter(ASCII);
+      writer.lose(codePoint, text.length - i);
+    }
+  }
+  writer.reserve(3, 0);
+  enter(ASCII);
+}
+
+/** Two bytes a code unit. No browser submits UTF-16; a server may send it (Encoding §14.3, §14.4). */
+function encodeUtf16(text: string, bigEndian: boolean): Uint8Array<ArrayBuffer> {
+  const bytes = new Uint8Array(text.length * 2);
+  Buffer.prototype.ucs2Write.call(bytes, text.toWellFormed(), 0, bytes.length);
+  if (bigEndian) Buffer.from(bytes.buffer).swap16();
+  return bytes;
+}
+
+/** The tables made so far: 128 KiB each, on first use. */
+const REPERTOIRES = new Map<string, Repertoire>();
+
+function repertoireOf(encoding: string): Repertoire {
+  let repertoire = REPERTOIRES.get(encoding);
+  if (repertoire === undefined) {
+    repertoire = (REPERTOIRE_MAKERS[encoding] ?? singleByteRepertoire)(encoding);
+    REPERTOIRES.set(encoding, repertoire);
+  }
+  return repertoire;
+}
+
+const REPERTOIRE_MAKERS: Readonly<Record<string, (encoding: string) => Repertoire>> = {
+  gbk: gbRepertoire,
+  gb18030: gbRepertoire,
+  big5: big5Repertoire,
+  "euc-jp": eucJpRepertoire,
+  "iso-2022-jp": iso2022JpRepertoire,
+  shift_jis: shiftJisRepertoire,
+  "euc-kr": (encoding) => ({ units: pairs(encoding, range(0x81, 0xfe), range(0x41, 0xfe)).units }),
+};
+
+const isMultiByte = (encoding: string): boolean => encoding in REPERTOIRE_MAKERS;
+
+function range(first: number, last: number): number[] {
+  return Array.from({ length: last - first + 1 }, (_, i) => first + i);
+}
+
+/** Encoding §9.2: one byte a character. */
+function singleByteRepertoire(encoding: string): Repertoire {
+  const units = new Uint16Array(0x10000);
+  const text = new TextDecoder(encoding).decode(Uint8Array.from(range(0x80, 0xff)));
+  for (let i = 0; i < 0x80; i++) units[text.charCodeAt(i)] = 0x80 + i;
+  units[0xfffd] = 0;
+  return { units };
+}
+
+/**
+ * What all pairs of these lead and trail bytes decode to, turned round. They are decoded in one call,
+ * a line feed behind each, since an undefined pair may yield two characters: no trail byte is a line
+ * feed, so a decoder always finds its feet there. Of several pairs the first wins, or the last where
+ * `lastWins` says so.
+ */
+function pairs(encoding: string, leads: readonly number[], trails: readonly number[], lastWins = "") {
+  const units = new Uint16Array(0x10000), astral = new Map<number, number>();
+  const sequences = new Uint8Array(leads.length * trails.length * 3);
+  let end = 0;
+  for (const lead of leads) {
+    for (const trail of trails) sequences[end++] = lead, sequences[end++] = trail, sequences[end++] = LF;
+  }
+  const text = new TextDecoder(encoding).decode(sequences);
+  for (let at = 0, i = 0; at < text.length; at = text.indexOf("\n", at) + 1, i += 3) {
+    const codePoint = text.codePointAt(at)!, wide = codePoint > 0xffff;
+    if (codePoint === 0xfffd || text.charCodeAt(at + (wide ? 2 : 1)) !== LF) continue;
+    const code = sequences[i]! << 8 | sequences[i + 1]!;
+    if (wide) astral.set(codePoint, astral.get(codePoint) ?? code);
+    else if (units[codePoint] === 0 || lastWins.includes(text[at]!)) units[codePoint] = code;
+  }
+  return { units, astral };
+}
+
+/** Private-use characters of GBK that Unicode has named since: written still, no longer read (Encoding §10.2.2). */
+const GB_PRIVATE_USE: readonly (readonly [codePoint: number, code: number, count: number])[] = [
+  [0xe78d, 0xa6d9, 7],
+  [0xe794, 0xa6ec, 2],
+  [0xe796, 0xa6f3, 1],
+  [0xe81e, 0xfe59, 1],
+  [0xe826, 0xfe61, 1],
+  [0xe82b, 0xfe66, 2],
+  [0xe832, 0xfe6d, 1],
+  [0xe843, 0xfe7e, 1],
+  [0xe854, 0xfe90, 1],
+  [0xe864, 0xfea0, 1],
+];
+
+/** gbk and gb18030 (Encoding §10): one table of pairs; gbk has the euro in one byte and no four-byte sequences. */
+function gbRepertoire(encoding: string): Repertoire {
+  const { units } = pairs("gb18030", range(0x81, 0xfe), range(0x40, 0xfe));
+  for (const [codePoint, code, count] of GB_PRIVATE_USE) {
+    for (let i = 0; i < count; i++) units[codePoint + i] = code + i;
+  }
+  units[0xe5e5] = 0; // §10.2.2: an error, since A3A0 reads as U+3000.
+  if (encoding === "gbk") {
+    units[0x20ac] = 0x80;
+    return { units };
+  }
+  const pointers = new Uint16Array(0x10000), sequences = new Uint8Array(39420 * 4);
+  for (let i = 0; i < 39420; i++) {
+    sequences.set([
+      0x81 + Math.trunc(i / 12600),
+      0x30 + Math.trunc(i / 1260) % 10,
+      0x81 + Math.trunc(i / 10) % 126,
+      0x30 + i % 10,
+    ], i * 4);
+  }
+  const text = new TextDecoder(encoding).decode(sequences);
+  for (let i = 0; i < 39420; i++) pointers[text.charCodeAt(i)] = i + 1;
+  pointers[0xe5e5] = 0;
+  return { units, pointers };
+}
+
+/** Encoding §11.1: nothing below lead byte A1 (the Hong Kong extensions there) is ever written. */
+function big5Repertoire(encoding: string): Repertoire {
+  return pairs(encoding, range(0xa1, 0xfe), range(0x40, 0xfe), "═╞╡╪十卅");
+}
+
+/** Encoding §12.1: JIS X 0208 and half-width katakana; three-byte JIS X 0212 is read, never written. */
+function eucJpRepertoire(encoding: string): Repertoire {
+  const { units } = pairs(encoding, range(0xa1, 0xfe), range(0xa1, 0xfe));
+  for (let i = 0; i < 63; i++) units[0xff61 + i] = 0x8ea1 + i;
+  return { units: withJapaneseSigns(units) };
+}
+
+/** The yen sign and the overline stand where ASCII has \ and ~; the minus sign is the full-width one. */
+function withJapaneseSigns(units: Uint16Array): Uint16Array {
+  units[0xa5] = 0x5c;
+  units[0x203e] = 0x7e;
+  units[0x2212] = units[0xff0d]!;
+  return units;
+}
+
+/** Encoding §12.2: JIS X 0208 in seven bits; half-width katakana become full-width. */
+function iso2022JpRepertoire(): Repertoire {
+  const units = eucJpRepertoire("euc-jp").units.map((code) => code >= 0xa1a1 ? code & 0x7f7f : 0);
+  for (let unit = 0xff61; unit <= 0xff9f; unit++) {
+    // Normalization makes the two sound marks combining; here they stand alone.
+    const wide = unit === 0xff9e
+      ? 0x309b
+      : unit === 0xff9f
+      ? 0x309c
+      : String.fromCharCode(unit).normalize("NFKC").charCodeAt(0);
+    units[unit] = units[wide]!;
+  }
+  return { units };
+}
+
+/** Encoding §12.3: leads ED to EF (pointers 8272 to 8835) and F0 to F9 (user-defined) are read, never written. */
+function shiftJisRepertoire(encoding: string): Repertoire {
+  const leads = [...range(0x81, 0x9f), ...range(0xe0, 0xec), ...range(0xfa, 0xfc)];
+  const { units } = pairs(encoding, leads, range(0x40, 0xfc));
+  units[0x80] = 0x80;
+  for (let i = 0; i < 63; i++) units[0xff61 + i] = 0xa1 + i;
+  return { units: withJapaneseSigns(units) };
+}
+
+/** Decodes as the platform does (Encoding §4.1, "decode"): never throws, drops a byte-order mark. */
+function decodeText(bytes: Uint8Array, encoding: string): string {
+  return new TextDecoder(encoding).decode(bytes);
+}
+
+/** Whether all of the bytes are text of that encoding; `partial` allows a character cut off at the end. */
+function isValid(bytes: Uint8Array, encoding: string, partial = false): boolean {
+  try {
+    new TextDecoder(encoding, { fatal: true }).decode(bytes, { stream: partial });
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+/** The encoding that a byte-order mark names (Encoding §6, "BOM sniff"). */
+function sniffByteOrderMark(bytes: Uint8Array): string | undefined {
+  if (bytes[0] === 0xef && bytes[1] === 0xbb && bytes[2] === 0xbf) return "utf-8";
+  if (bytes[0] === 0xfe && bytes[1] === 0xff) return "utf-16be";
+  if (bytes[0] === 0xff && bytes[1] === 0xfe) return "utf-16le";
+  return undefined;
+}
+
+/** Percent-encoded text as bytes (URL §1.3); what is no escape stands for itself. */
+function percentDecode(text: string): Uint8Array<ArrayBuffer> {
+  return latin1Bytes(text.replace(/%([0-9A-Fa-f]{2})/g, (_, hex) => String.fromCharCode(parseInt(hex, 16))));
+}
+
+/** Percent-encoded text, read as UTF-8 if that is what its bytes are, else in `fallback`. */
+function percentDecodeText(text: string, fallback: string): string {
+  if (isPlain(text)) return text;
+  const bytes = percentDecode(text);
+  return decodeText(bytes, isValid(bytes, "utf-8") ? "utf-8" : fallback);
+}
+
+/** Whether text from the wire stands for itself. */
+function isPlain(text: string): boolean {
+  return !/[%\x80-\xff]/.test(text);
+}
+
+// ── Media types ─────────────────────────────────────────────────────────────────────────────────
+// What a thing is follows from the end of its name; what charset it may have, from what it is.
+
+const MEDIA_TYPES: ReadonlyMap<string, string> = new Map(
+  `text/html html htm shtml; text/plain txt text log conf ini; text/markdown md markdown; text/css css
+  text/csv csv; text/tab-separated-values tsv; text/calendar ics; text/vcard vcf; text/vtt vtt
+  text/x-c c h cc cpp hpp; text/x-python py; text/x-shellscript sh; text/x-diff diff patch; text/x-tex tex
+  text/javascript js mjs cjs; application/json json map; application/ld+json jsonld
+  application/manifest+json webmanifest; application/geo+json geojson; application/wasm wasm
+  application/xml xml xsl xsd; application/xhtml+xml xhtml xht; application/rss+xml rss
+  application/atom+xml atom; application/mathml+xml mathml; application/toml toml; application/yaml yaml yml
+  application/x-subrip srt; image/svg+xml svg; image/png png; image/jpeg jpg jpeg; image/gif gif
+  image/webp webp; image/avif avif; image/bmp bmp; image/tiff tif tiff; image/vnd.microsoft.icon ico
+  image/apng apng; image/jxl jxl; image/heic heic; audio/mpeg mp3; audio/ogg ogg oga opus; audio/wav wav
+  audio/flac flac; audio/mp4 m4a; audio/aac aac; audio/midi mid midi; audio/webm weba; video/mp4 mp4 m4v
+  video/webm webm; video/ogg ogv; video/quicktime mov; video/x-msvideo avi; video/x-matroska mkv
+  video/mpeg mpeg mpg; video/mp2t ts; application/vnd.apple.mpegurl m3u8; font/woff woff; font/woff2 woff2
+  font/ttf ttf; font/otf otf; font/collection ttc; application/pdf pdf; application/rtf rtf
+  application/epub+zip epub; application/zip zip; application/gzip gz tgz; application/x-bzip2 bz2
+  application/x-xz xz; application/zstd zst; application/x-tar tar; application/x-7z-compressed 7z
+  application/vnd.rar rar; application/java-archive jar; application/msword doc
+  application/vnd.ms-excel xls; application/vnd.ms-powerpoint ppt
+  application/vnd.openxmlformats-officedocument.wordprocessingml.document docx
+  application/vnd.openxmlformats-officedocument.spreadsheetml.sheet xlsx
+  application/vnd.openxmlformats-officedocument.presentationml.presentation pptx
+  application/vnd.oasis.opendocument.text odt; application/vnd.oasis.opendocument.spreadsheet ods
+  application/sql sql; application/x-sh csh`
+    .split(/[;\n]/).map((row) => row.trim().split(" "))
+    .flatMap(([type, ...extensions]) => extensions.map((extension) => [extension, type!] as const)),
+);
+
+/** Media type of a file, by its name. */
+function mediaTypeOf(name: string): string {
+  const extension = /\.([^.]+)$/.exec(name)?.[1]?.toLowerCase();
+  return (extension && MEDIA_TYPES.get(extension)) || "application/octet-stream";
+}
+
+/** UTF-8 by definition (RFC 8259 §8.1, HTML, WebVTT, app manifests), or safest so: scripts. */
+const UTF8_TYPE =
+  /^(?:text\/(?:javascript|vtt|event-stream)|application\/(?:json|javascript|ecmascript|toml|yaml)|[^;]+\+json)$/;
+/** Text that may be in any charset, and says in which. */
+const TEXT_TYPE = /^(?:text\/.*|application\/(?:xml|sql|x-subrip|x-sh)|[^;]+\+xml)$/;
+/** Types whose Content-Type has no charset parameter by definition. */
+const UNLABELLED_TYPE = /json$|^text\/event-stream$|^application\/(?:toml|yaml)$/;
+const MARKUP_TYPE = /^text\/html$|xml$/;
+const COMPRESSIBLE_TYPE =
+  /^(?:application\/(?:wasm|rtf)|font\/(?:ttf|otf|collection)|image\/(?:bmp|vnd\.microsoft\.icon)|audio\/midi)$/;
+
+/** Which charsets a type may be in: any, UTF-8 alone, or none, since it is no text. */
+function charsetRule(type: string): "any" | "utf-8" | "none" {
+  return UTF8_TYPE.test(type) ? "utf-8" : TEXT_TYPE.test(type) ? "any" : "none";
+}
+
+/** The one place that makes a Content-Type. A `declare` of "none" claims nothing. */
+function contentType(type: string, charset: string | undefined, declare: string | undefined): string {
+  const claimed = charsetRule(type) === "none"
+    ? undefined
+    : declare ?? (UNLABELLED_TYPE.test(type) ? undefined : charset);
+  return claimed === undefined || claimed === "none" ? type : `${type};charset=${claimed}`;
+}
+
+/** Where a document declares its charset within itself, and the label there. */
+const DECLARATIONS: readonly (readonly [type: RegExp, declaration: RegExp])[] = [
+  [/^text\/html$/, /(?<before><meta\b[^>]*?\bcharset\s*=\s*["']?)(?<label>[^\s"'\/>;]+)/i],
+  [/xml$/, /^(?<before>\uFEFF?<\?xml\s[^>]*?\bencoding\s*=\s*["'])(?<label>[^\s"'>]+)/],
+  [/^text\/css$/, /^(?<before>\uFEFF?@charset ")(?<label>[^"]*)(?=";)/],
+];
+/** How far a declaration may be from the beginning, in bytes (HTML §13.2.3.2). */
+const DECLARATION_LIMIT = 1024;
+
+/** The place of the declaration for documents of that type; comments do not count. */
+function findDeclaration(text: string, type: string): RegExpExecArray | undefined {
+  const head = text.slice(0, DECLARATION_LIMIT).replace(/<!--.*?(?:-->|$)/gs, (comment) => " ".repeat(comment.length));
+  for (const [types, declaration] of DECLARATIONS) {
+    const match = types.test(type) ? declaration.exec(head) : null;
+    if (match !== null) return match;
+  }
+  return undefined;
+}
+
+/** The encoding that a document declares within itself; undefined if none, or none that exists. */
+function declaredEncoding(bytes: Uint8Array, type: string): string | undefined {
+  const label = findDeclaration(latin1(bytes, 0, Math.min(bytes.length, DECLARATION_LIMIT)), type)?.groups?.label;
+  if (label === undefined || !LABELS.includes(label.toLowerCase())) return undefined;
+  const encoding = encodingOf(label);
+  // HTML §13.2.3.2: whoever can read the declaration as ASCII is not reading UTF-16.
+  return encoding.startsWith("utf-16") ? "utf-8" : encoding === "x-user-defined" ? "windows-1252" : encoding;
+}
+
+/** A document after conversion: what it declares is now the truth. */
+function rewriteDeclaration(text: string, type: string, encoding: string): string {
+  const match = findDeclaration(text, type);
+  if (match === undefined) return text;
+  const { before, label } = match.groups as { before: string; label: string };
+  const at = match.index + before.length;
+  return text.slice(0, at) + encoding + text.slice(at + label.length);
+}
+
+// ── Resource ────────────────────────────────────────────────────────────────────────────────────
+// A target names a resource: a route that a program adds, or a file below ROOT. Nothing outside ROOT
+// has a name here.
+
+/** What a handler may return. Text is sent in the charset in force; bytes are sent as they are. */
+export type Content = string | Uint8Array<ArrayBuffer> | ReadableStream<Uint8Array> | Answer | Response;
+
+/** A response, plainly. */
+export interface Answer {
+  /** Status code. @default {200} */
+  readonly status?: number;
+  /** More fields; `Content-Type` here counts as `type`. */
+  readonly headers?: Readonly<Record<string, string>>;
+  /** Media type. @default text/html for text that begins with "<", text/plain for other text, else application/octet-stream */
+  readonly type?: string;
+  /** Text, bytes, a stream of bytes, or a function that makes a text that shows its response's head. */
+  readonly body?: string | Uint8Array<ArrayBuffer> | AsyncIterable<Uint8Array> | ((head: string) => string);
+  /** Charset for a text, instead of the one in force, or that bytes are in: any label. */
+  readonly charset?: string;
+  /** What `Content-Type` claims instead of that charset; `none` claims nothing. */
+  readonly declare?: string;
+  /** What to write for characters that the charset lacks. */
+  readonly unmappable?: Unmappable | "auto";
+  /** It depends on nothing but the request's head, and may be kept for equal ones. */
+  readonly constant?: boolean;
+}
+
+/** Answers the requests of a route. May throw {@linkcode HttpError}. */
+export type Handler = (incoming: Incoming) => Content | Promise<Content>;
+
+/**
+ * A resource: the pattern of its decoded path, what answers, and the methods it takes (default: GET).
+ * HEAD and OPTIONS need not be named.
+ */
+export type Route = readonly [pattern: RegExp, handler: Handler, methods?: readonly string[]];
+
+/** A request as a handler sees it. Whatever costs something is made when it is asked for. */
+export interface Incoming {
+  /** Method, as it came. */
+  readonly method: string;
+  /** The request-target, as it came. */
+  readonly target: string;
+  /** The whole head as it came, in ISO-8859-1. */
+  readonly headText: string;
+  /** Path of the target, percent-decoded: as UTF-8, or in the charset in force if it is not UTF-8. */
+  readonly path: string;
+  /** Named groups of the route's pattern. */
+  readonly params: Readonly<Record<string, string>>;
+  /** Query, decoded as a form on a page in the charset in force would have encoded it. */
+  readonly query: URLSearchParams;
+  /** Host and port that the request is for, in lower case. */
+  readonly authority: string;
+  /** Address of the client, or `unix`. */
+  readonly remote: string;
+  /** Name of the charset in force: what the request selects, else what the server was told, else utf-8. */
+  readonly charset: string;
+  /** The same as the web's `Request`, for what speaks it: `({ request }) => app.fetch(request)`. */
+  readonly request: Request;
+  /** Value of a field, those of several lines joined by commas; undefined if absent. */
+  header(name: string): string | undefined;
+  /**
+   * Content of the request.
+   * @throws {HttpError} 413 if it is longer than `maxBody`, 400 if it is malformed, 408 if it does not come.
+   */
+  bytes(): Promise<Uint8Array<ArrayBuffer>>;
+  /** Content as text, in the charset that its Content-Type names; without one, detected as a file's is. */
+  text(): Promise<string>;
+  /**
+   * Content as an urlencoded form, decoded as `query` is.
+   * @throws {HttpError} 415 if it is something else.
+   */
+  form(): Promise<URLSearchParams>;
+}
+
+class IncomingRequest implements Incoming {
+  params: Readonly<Record<string, string>> = {};
+  readonly head: RequestHead;
+  readonly #server: HttpServer;
+  readonly #connection: Connection;
+  #content: Promise<Uint8Array<ArrayBuffer>> | undefined;
+  #query: URLSearchParams | undefined;
+  #request: Request | undefined;
+  #selected: string | undefined | null = null;
+
+  constructor(server: HttpServer, connection: Connection, head: RequestHead) {
+    this.#server = server;
+    this.#connection = connection;
+    this.head = head;
+  }
+
+  get method(): string {
+    return this.head.method;
+  }
+
+  get target(): string {
+    return this.head.target;
+  }
+
+  get headText(): string {
+    return this.head.text;
+  }
+
+  get path(): string {
+    const { path } = this.head;
+    return isPlain(path) ? path : percentDecodeText(path, this.charset);
+  }
+
+  get query(): URLSearchParams {
+    return this.#query ??= parseForm(this.head.query ?? "", this.charset);
+  }
+
+  get authority(): string {
+    return this.head.authority;
+  }
+
+  get remote(): string {
+    return this.#connection.remote;
+  }
+
+  get charset(): string {
+    return this.selectedCharset ?? "utf-8";
+  }
+
+  /** Like `charset`, but undefined if neither request nor server select one. */
+  get selectedCharset(): string | undefined {
+    if (this.#selected === null) this.#selected = selectCharset(this.head, this.#server.settings.charset);
+    return this.#selected;
+  }
+
+  get request(): Request {
+    return this.#request ??= this.#makeRequest();
+  }
+
+  header(name: string): string | undefined {
+    return fieldValue(this.head, name.toLowerCase());
+  }
+
+  bytes(): Promise<Uint8Array<ArrayBuffer>> {
+    if (this.#content === undefined) {
+      this.#content = this.#connection.receive(this.#server.settings.maxBody);
+      this.#content.catch(() => {}); // A handler that does not wait for it leaves no rejection behind.
+    }
+    return this.#content;
+  }
+
+  async text(): Promise<string> {
+    const bytes = await this.bytes(), field = this.header("content-type") ?? "text/plain";
+    const label = /;\s*charset="?([^\s";]+)/i.exec(field)?.[1]?.toLowerCase();
+    if (label !== undefined && !LABELS.includes(label)) throw new HttpError(415, `The charset "${label}" is unknown`);
+    const declared = label === undefined
+      ? storedEncoding(bytes, field.replace(/\s*;.*/s, "").toLowerCase())
+      : encodingOf(label);
+    return decodeText(bytes, sniffByteOrderMark(bytes) ?? declared ?? this.charset);
+  }
+
+  async form(): Promise<URLSearchParams> {
+    if (!/^application\/x-www-form-urlencoded\s*(?:;|$)/i.test(this.header("content-type") ?? "")) {
+      throw new HttpError(415, "Expected a form (application/x-www-form-urlencoded)");
+    }
+    return parseForm(latin1(await this.bytes()), this.charset);
+  }
+
+  #makeRequest(): Request {
+    const { method, authority, path, query, framing } = this.head;
+    const url = `${this.#server.secure ? "https" : "http"}://${authority || "localhost"}${path}${
+      query === undefined ? "" : `?${query}`
+    }`;
+    const headers = new Headers(fieldLines(this.head).map(([name, value]) => [name, value]));
+    const hasContent = framing.kind !== "none" && method !== "GET" && method !== "HEAD";
+    const body = hasContent ? ReadableStream.from(lazily(() => this.bytes())) : null;
+    return new Request(url, { method, headers, body });
+  }
+}
+
+async function* lazily<T>(make: () => Promise<T>): AsyncGenerator<T> {
+  yield await make();
+}
+
+/** First that applies: `?charset=`, Accept-Charset (RFC 9110 §12.5.2), the server's; undefined if none. */
+function selectCharset(head: RequestHead, configured: string | undefined): string | undefined {
+  const asked = head.query === undefined ? undefined : /(?:^|&)charset=([^&]+)/.exec(head.query)?.[1];
+  if (asked !== undefined) {
+    try {
+      return encodingOf(latin1(percentDecode(asked.replaceAll("+", " "))));
+    } catch (error) {
+      throw new HttpError(400, (error as Error).message);
+    }
+  }
+  const accepted = fieldValue(head, "accept-charset");
+  return (accepted === undefined ? undefined : acceptedCharset(accepted, configured ?? "utf-8")) ?? configured;
+}
+
+/** The charset of the highest quality; the preferred one, if no other is liked better; undefined if none will do. */
+function acceptedCharset(accept: string, preferred: string): string | undefined {
+  const qualities = new Map<string, number>();
+  for (const [label, quality] of parseAccept(accept)) {
+    if (label === "*") qualities.set("*", quality);
+    else if (LABELS.includes(label)) qualities.set(encodingOf(label), quality);
+  }
+  let best = preferred, most = qualities.get(preferred) ?? qualities.get("*") ?? 0;
+  for (const [encoding, quality] of qualities) {
+    if (encoding !== "*" && quality > most) [best, most] = [encoding, quality];
+  }
+  return most > 0 ? best : undefined;
+}
+
+/**
+ * An urlencoded form (URL §5.1), also from pages that are not in UTF-8: `_charset_` names their
+ * charset, else what is not UTF-8 is in the charset in force. Browsers submit `&#N;` for characters
+ * that the page's charset lacks: such a reference, and no other, is that character.
+ */
+function parseForm(encoded: string, charset: string): URLSearchParams {
+  const named = /(?:^|&)_charset_=([^&]+)/.exec(encoded)?.[1]?.toLowerCase();
+  const strict = named !== undefined && LABELS.includes(named) ? encodingOf(named) : undefined;
+  const decode = (part: string) => {
+    const spaced = part.replaceAll("+", " ");
+    const text = strict ? decodeText(percentDecode(spaced), strict) : percentDecodeText(spaced, charset);
+    return withoutReferences(text, strict ?? charset);
+  };
+  const pairs = encoded.split("&").filter((pair) => pair !== "").map((pair) => {
+    const [name, ...value] = pair.split("=");
+    return [decode(name!), decode(value.join("="))];
+  });
+  return new URLSearchParams(pairs);
+}
+
+/** Turns `&#N;` back into characters that the charset lacks. */
+function withoutReferences(text: string, encoding: string): string {
+  if (encoding.startsWith("utf") || !text.includes("&#")) return text;
+  return text.replace(/&#(\d{2,7});/g, (reference, digits) => {
+    const codePoint = Number(digits);
+    if (codePoint > 0x10ffff) return reference;
+    const character = String.fromCodePoint(codePoint);
+    return encodeText(character, encoding, "html").lost > 0 ? character : reference;
+  });
+}
+
+const KNOWN_METHODS = ["GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE", "CONNECT", "TRACE"];
+
+/** What a target turned out to name. */
+type Resource =
+  | { readonly kind: "route"; readonly handler: Handler }
+  | { readonly kind: "file"; readonly file: FileFound }
+  | { readonly kind: "folder"; readonly path: string; readonly segments: readonly string[] }
+  | { readonly kind: "redirect"; readonly location: string };
+
+/** A regular file below ROOT. */
+interface FileFound {
+  /** Where it was looked for: what the cache asks again about. */
+  readonly path: string;
+  readonly name: string;
+  readonly size: number;
+  /** Last modification, in milliseconds. */
+  readonly time: number;
+  /** Changes when the file does. */
+  readonly identity: string;
+}
+
+/** Finds what a request names: the first route that fits, else a file. Throws 404, 405 or 501. */
+function locate(server: HttpServer, incoming: IncomingRequest): Resource | Promise<Resource> {
+  const { method } = incoming, allowed = new Set<string>();
+  const path = incoming.head.path === "*" ? "*" : incoming.path;
+  for (const [pattern, handler, methods = ["GET"]] of server.routes) {
+    const match = pattern.exec(path);
+    if (match === null) continue;
+    if (methods.includes(method) || method === "HEAD" && methods.includes("GET")) {
+      if (match.groups !== undefined) incoming.params = match.groups;
+      return { kind: "route", handler };
+    }
+    for (const each of methods) allowed.add(each);
+  }
+  if (server.root !== undefined && path !== "*") {
+    if (method === "GET" || method === "HEAD") return locateFile(server, server.root, incoming);
+    allowed.add("GET");
+  }
+  if (allowed.has("GET")) allowed.add("HEAD");
+  const allow: Field = ["Allow", [...allowed, "OPTIONS"].join(", ")];
+  if (method === "OPTIONS" && (allowed.size > 0 || path === "*")) {
+    return { kind: "route", handler: () => ({ status: 204, headers: { Allow: allow[1] } }) };
+  }
+  if (!KNOWN_METHODS.includes(method)) throw new HttpError(501, `The method ${method} is not implemented`);
+  if (allowed.size === 0 && method !== "CONNECT" && method !== "TRACE") throw new HttpError(404, "Nothing is here");
+  throw new HttpError(405, `The method ${method} is not allowed here`, [allow]);
+}
+
+/** ROOT: a folder, or a single file. */
+interface Root {
+  readonly path: string;
+  readonly isFile: boolean;
+}
+
+/** Finds the file, folder or redirection that a path names: read as UTF-8 first, then in the charset in force. */
+async function locateFile(server: HttpServer, root: Root, incoming: IncomingRequest): Promise<Resource> {
+  const { sourceCharset, fallback } = server.settings;
+  const charsets = ["utf-8", incoming.charset, sourceCharset === "auto" ? "utf-8" : sourceCharset];
+  for (const path of new Set(charsets.map((charset) => percentDecodeText(incoming.head.path, charset)))) {
+    const found = root.isFile
+      ? await findRootFile(root, path)
+      : await findBelow(server, root, path, incoming.head.query ?? "");
+    if (found !== undefined) return found;
+  }
+  if (fallback !== undefined) {
+    const found = await findBelow(server, root, "/" + fallback, "");
+    if (found?.kind === "file") return found;
+  }
+  throw new HttpError(404, "Nothing is here");
+}
+
+async function findRootFile(root: Root, path: string): Promise<Resource | undefined> {
+  const name = root.path.replace(/^.*[\/\\]/s, "");
+  const info = path === "/" || path === `/${name}` ? await statFile(root.path) : undefined;
+  return info?.isFile ? { kind: "file", file: describeFile(root.path, info) } : undefined;
+}
+
+/** No file of ROOT has such a name: it climbs, is no name, or means a device on Windows. */
+const IMPOSSIBLE_NAME = Deno.build.os === "windows"
+  // deno-lint-ignore no-control-regex
+  ? /^\.\.?$|[\x00-\x1f\/\\:*?"<>|]|[. ]$|^(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$)/i
+  : /^\.\.?$|[\0\/\\]/;
+
+async function findBelow(server: HttpServer, root: Root, path: string, query: string): Promise<Resource | undefined> {
+  const segments = path.split("/").filter((segment) => segment !== "");
+  if (!path.startsWith("/") || segments.some((name) => IMPOSSIBLE_NAME.test(name))) return undefined;
+  if (!server.settings.dotfiles && segments.some((name) => name.startsWith("."))) return undefined;
+  const target = join(root.path, ...segments), isFolder = path.endsWith("/");
+  const info = await statInside(root, target);
+  if (info?.isFile) return isFolder ? undefined : { kind: "file", file: describeFile(target, info) };
+  if (!info?.isDirectory) return undefined;
+  if (!isFolder) {
+    // Made of the decoded names, so that it begins with one slash and stays on this host.
+    const location = segments.map((name) => "/" + encodeURIComponent(name)).join("") + "/";
+    return { kind: "redirect", location: location + (query && "?" + latin1ToUri(query)) };
+  }
+  const index = join(target, "index.html"), indexInfo = await statInside(root, index);
+  if (indexInfo?.isFile) return { kind: "file", file: describeFile(index, indexInfo) };
+  if (server.settings.noListing) throw new HttpError(403, "This folder is not listed");
+  return { kind: "folder", path: target, segments };
+}
+
+/** Raw bytes of a query made fit for a Location field. */
+function latin1ToUri(text: string): string {
+  return text.replace(/[^\x21-\x7e]/g, (byte) => "%" + byte.charCodeAt(0).toString(16).toUpperCase().padStart(2, "0"));
+}
+
+/** Stats what a path leads to, if links do not lead it out of ROOT. */
+async function statInside(root: Root, path: string): Promise<Deno.FileInfo | undefined> {
+  const real = await orNothing(Deno.realPath(path));
+  if (real === undefined) return undefined;
+  const way = relative(root.path, real);
+  if (way === ".." || way.startsWith(`..${sep}`) || /^[A-Za-z]:|^\\\\/.test(way)) return undefined;
+  return await statFile(real);
+}
+
+function statFile(path: string): Promise<Deno.FileInfo | undefined> {
+  return orNothing(Deno.stat(path));
+}
+
+/** What the file system gives; undefined for what is not there. Throws 403 or 503 for what it withholds. */
+async function orNothing<T>(attempt: Promise<T>): Promise<T | undefined> {
+  try {
+    return await attempt;
+  } catch (error) {
+    if (error instanceof Deno.errors.PermissionDenied || error instanceof Deno.errors.NotCapable) {
+      throw new HttpError(403, "The system does not let the server read this", [], { cause: error });
+    }
+    const { code } = error as { code?: string };
+    if (code === "EMFILE" || code === "ENFILE") {
+      throw new HttpError(503, "Too many files are open", [["Retry-After", "1"]]);
+    }
+    return undefined;
+  }
+}
+
+function describeFile(path: string, info: Deno.FileInfo): FileFound {
+  return {
+    path,
+    name: path.replace(/^.*[\/\\]/s, ""),
+    size: info.size,
+    time: info.mtime?.getTime() ?? 0,
+    identity: identityOf(info),
+  };
+}
+
+/** Two files, or two states of one, do not share this: device, inode, times and size. */
+function identityOf({ dev, ino, mtime, ctime, size }: Deno.FileInfo): string {
+  return `${dev}.${ino}.${mtime?.getTime()}.${ctime?.getTime()}.${size}`;
+}
+
+// ── Representation ──────────────────────────────────────────────────────────────────────────────
+// One resource can be sent in many ways: in this charset or that, compressed or not. `select` picks
+// one for a request and knows all about it (type, label, validators) before anything is read;
+// `readContent` then makes its bytes. Whatever HTTP says of the resource (ETag, length, ranges) it says
+// of these bytes, as sent.
+
+/** Files up to this size are sent from memory, and compressed; larger ones stream. In bytes. */
+const BUFFERED_LIMIT = 1024 * 1024;
+/** A large file is read in pieces of this size, in bytes. */
+const PIECE_SIZE = 128 * 1024;
+/** Smallest content worth compressing, in bytes. */
+const COMPRESSION_LEAST = 1024;
+/** What the caches of files may hold, in bytes. */
+const CACHE_SIZE = 64 * 1024 * 1024;
+/** For how long a file is believed unchanged without another look, in milliseconds. */
+const STAT_INTERVAL = 10;
+
+type Coding = "br" | "gzip";
+
+/** Content that is made piece by piece: `read` yields the bytes of a part; it may want to see the response's head. */
+interface Stream {
+  /** In bytes, if it is known. */
+  readonly length: number | undefined;
+  readonly read: (start?: number, end?: number, head?: string) => AsyncIterable<Uint8Array>;
+}
+
+/** A file as it will be sent. */
+interface Representation {
+  readonly file: FileFound;
+  /** Whose bytes are sent: the file's, or those of the compressed one beside it. */
+  readonly source: FileFound;
+  readonly type: string;
+  /** Encoding on disk; undefined if unknown, or no text. */
+  readonly stored: string | undefined;
+  /** Encoding as sent; undefined if unknown, or no text. */
+  readonly encoding: string | undefined;
+  readonly coding: Coding | undefined;
+  /** Strong (RFC 9110 §8.8.3). */
+  readonly etag: string;
+  readonly fields: readonly Field[];
+}
+
+/** A cache of things with sizes: what was longest unused goes first. */
+class Cache<V> {
+  readonly #entries = new Map<string, { readonly value: V; readonly size: number }>();
+  #free: number;
+
+  constructor(size: number) {
+    this.#free = size;
+  }
+
+  get(key: string): V | undefined {
+    const entry = this.#entries.get(key);
+    if (entry === undefined) return undefined;
+    this.#entries.delete(key);
+    this.#entries.set(key, entry);
+    return entry.value;
+  }
+
+  set(key: string, value: V, size: number): void {
+    this.delete(key);
+    // What an entry costs besides its bytes is guessed.
+    this.#entries.set(key, { value, size: size + 1024 });
+    this.#free -= size + 1024;
+    for (const oldest of this.#entries.keys()) {
+      if (this.#free >= 0) return;
+      this.delete(oldest);
+    }
+  }
+
+  delete(key: string): void {
+    this.#free += this.#entries.get(key)?.size ?? 0;
+    this.#entries.delete(key);
+  }
+}
+
+/** Makes the response to a located request. */
+function represent(server: HttpServer, incoming: IncomingRequest, resource: Resource): Message | Promise<Message> {
+  switch (resource.kind) {
+    case "route": {
+      const content = resource.handler(incoming);
+      return content instanceof Promise
+        ? content.then((content) => representContent(server, incoming, content))
+        : representContent(server, incoming, content);
+    }
+    case "redirect":
+      return representContent(server, incoming, {
+        status: 301,
+        headers: { Location: resource.location },
+        body: `<p>See <a href="${escapeMarkup(resource.location)}">${escapeMarkup(resource.location)}</a>`,
+      });
+    case "folder":
+      return listFolder(server, incoming, resource).then((answer) => representContent(server, incoming, answer));
+    case "file":
+      return representFile(server, incoming, resource.file);
+  }
+}
+
+async function representFile(server: HttpServer, incoming: IncomingRequest, file: FileFound): Promise<Message> {
+  const chosen = await select(server, incoming, file);
+  if (evaluatePreconditions(incoming.head, chosen) === 304) return notModified(chosen);
+  return resolveRange(incoming.head, chosen, await readContent(server, chosen));
+}
+
+/** What a handler returned, as a response. */
+function representContent(server: HttpServer, incoming: IncomingRequest, content: Content): Message | Promise<Message> {
+  if (content instanceof Response) return representResponse(content);
+  const plain = typeof content === "string" || content instanceof Uint8Array || content instanceof ReadableStream;
+  const answer: Answer = plain ? { body: content } : content;
+  const { status = 200, headers = {}, body = "" } = answer;
+  const named = Object.entries(headers).find(([name]) => name.toLowerCase() === "content-type")?.[1];
+  const type = answer.type ?? named?.replace(/\s*;.*/s, "").toLowerCase() ?? defaultType(body);
+  const fields: Field[] = Object.entries(headers).filter(([, value]) => value !== named);
+  if (typeof body === "string") return representText(server, incoming, answer, type, body, fields);
+  const charset = answer.charset && encodingOf(answer.charset);
+  fields.push(["Content-Type", named ?? contentType(type, charset, answer.declare)]);
+  if (body instanceof Uint8Array) return { status, fields, content: body, charset };
+  if (typeof body !== "function") return { status, fields, content: { length: undefined, read: () => body }, charset };
+  const mode = unmappableFor(answer.unmappable ?? server.settings.unmappable, type);
+  const read = async function* (_start?: number, _end?: number, head = "") {
+    yield await Promise.resolve(encodeText(body(head), charset ?? incoming.charset, mode).bytes);
+  };
+  return { status, fields, content: { length: undefined, read }, charset };
+}
+
+function defaultType(body: Answer["body"]): string {
+  if (typeof body !== "string") return "application/octet-stream";
+  return /^\s*</.test(body) ? "text/html" : "text/plain";
+}
+
+/** A text, in the charset that the answer or the request selects. */
+function representText(
+  server: HttpServer,
+  incoming: IncomingRequest,
+  answer: Answer,
+  type: string,
+  text: string,
+  fields: Field[],
+): Message | Promise<Message> {
+  const { settings } = server, { status = 200 } = answer;
+  if (text === "" && (status === 204 || status === 304)) return { status, fields, content: NO_BYTES };
+  const negotiable = charsetRule(type) === "any";
+  const charset = !negotiable ? "utf-8" : answer.charset !== undefined ? encodingOf(answer.charset) : incoming.charset;
+  const { bytes, lost } = encodeText(text, charset, unmappableFor(answer.unmappable ?? settings.unmappable, type));
+  fields.push(["Content-Type", contentType(type, charset, answer.declare ?? settings.declare)]);
+  const long = bytes.length >= COMPRESSION_LEAST;
+  const vary = [negotiable && answer.charset === undefined && "Accept-Charset", long && "Accept-Encoding"].filter(
+    Boolean,
+  );
+  if (vary.length > 0) fields.push(["Vary", vary.join(", ")]);
+  const message: Message = {
+    status,
+    fields,
+    content: bytes,
+    charset,
+    lost,
+    ...(answer.constant && { isFresh: () => true }),
+  };
+  const coding = long ? acceptedCodings(incoming.header("accept-encoding")).find(canCompress) : undefined;
+  if (coding === undefined) return message;
+  return compress(bytes, coding).then((content) => ({
+    ...message,
+    content,
+    fields: [...fields, ["Content-Encoding", coding]],
+  }));
+}
+
+/** A web-standard response: what it says of itself is kept, its length found if it is short. */
+async function representResponse(response: Response): Promise<Message> {
+  const fields: Field[] = [...response.headers].filter(([name]) =>
+    !/^(?:content-length|transfer-encoding|connection|date)$/.test(name)
+  );
+  const { status, body } = response;
+  if (body === null) return { status, fields, content: NO_BYTES };
+  return { status, fields, content: { length: undefined, read: () => body } };
+}
+
+/** Most entries that one page of a listing shows. */
+const LISTING_PAGE = 1000;
+
+async function listFolder(
+  _server: HttpServer,
+  _incoming: IncomingRequest,
+  _folder: Resource & { kind: "folder" },
+): Promise<Answer> {
+  return await Promise.resolve({ body: "" });
+}
+
+/** Which representation of a file answers a request (RFC 9110 §12.1, "proactive negotiation"). */
+async function select(server: HttpServer, incoming: IncomingRequest, file: FileFound): Promise<Representation> {
+  const { settings } = server, type = mediaTypeOf(file.name), rule = charsetRule(type);
+  const known = rule === "none" ? undefined : await storedCharset(server, file, type);
+  const wanted = rule === "any" ? incoming.selectedCharset : known?.encoding && "utf-8";
+  const stored = known?.encoding ??
+    (wanted && known && (isValid(known.sample, wanted, true) ? wanted : "windows-1252"));
+  const encoding = rule === "none" ? undefined : wanted ?? stored;
+  const converts = encoding !== stored, compressible = rule !== "none" || COMPRESSIBLE_TYPE.test(type);
+  const { coding, source } = compressible
+    ? await selectCoding(server, incoming, file, converts)
+    : { coding: undefined, source: file };
+  const vary = [rule === "any" && "Accept-Charset", compressible && "Accept-Encoding"].filter(Boolean).join(", ");
+  const conversion = converts ? `-${stored}.${encoding}.${settings.unmappable[0]}` : "";
+  const etag = `"${file.time.toString(36)}-${file.size.toString(36)}${conversion}${coding ? `-${coding}` : ""}"`;
+  const fields: Field[] = [
+    ["Content-Type", contentType(type, encoding, settings.declare)],
+    ...(coding ? [["Content-Encoding", coding] as const] : []),
+    ...(vary ? [["Vary", vary] as const] : []),
+    ["Last-Modified", formatDate(file.time)],
+    ["ETag", etag],
+    ["Cache-Control", "no-cache"],
+    ["Accept-Ranges", "bytes"],
+  ];
+  return { file, source, type, stored, encoding, coding, etag, fields };
+}
+
+/** What is known of a text file's charset. */
+interface StoredCharset {
+  readonly identity: string;
+  readonly encoding: string | undefined;
+  /** The beginning of a file whose encoding is unknown. */
+  readonly sample: Uint8Array;
+}
+
+/** Looks into a text file, once for each state of it. */
+async function storedCharset(server: HttpServer, file: FileFound, type: string): Promise<StoredCharset> {
+  const cached = server.charsets.get(file.path);
+  if (cached?.identity === file.identity) return cached;
+  const sample = await readSample(file);
+  const told = server.settings.sourceCharset;
+  const encoding = sniffByteOrderMark(sample) ??
+    (told === "auto" ? storedEncoding(sample, type, file.size > sample.length) : told);
+  const known = { identity: file.identity, encoding, sample: encoding === undefined ? sample : new Uint8Array() };
+  server.charsets.set(file.path, known, known.sample.length);
+  return known;
+}
+
+async function readSample({ path, size }: FileFound): Promise<Uint8Array<ArrayBuffer>> {
+  using file = await openFile(path);
+  const sample = new Uint8Array(Math.min(size, BUFFERED_LIMIT));
+  return sample.subarray(0, await readFully(file, sample));
+}
+
+/** What bytes say of their encoding: a byte-order mark, a declaration, or being valid UTF-8. */
+function storedEncoding(bytes: Uint8Array, type: string, partial = false): string | undefined {
+  return sniffByteOrderMark(bytes) ?? declaredEncoding(bytes, type) ??
+    (isValid(bytes, "utf-8", partial) ? "utf-8" : undefined);
+}
+
+/** The coding that the client likes best among those we have (RFC 9110 §12.5.3), and where its bytes come from. */
+async function selectCoding(
+  server: HttpServer,
+  incoming: IncomingRequest,
+  file: FileFound,
+  converts: boolean,
+): Promise<{ coding: Coding | undefined; source: FileFound }> {
+  const accepted = acceptedCodings(incoming.header("accept-encoding"));
+  for (const coding of converts ? [] : accepted) {
+    const path = file.path + (coding === "br" ? ".br" : ".gz");
+    const info = server.root?.isFile ? undefined : await statInside(server.root!, path);
+    if (info?.isFile && (info.mtime?.getTime() ?? 0) >= file.time) return { coding, source: describeFile(path, info) };
+  }
+  const worthwhile = file.size >= COMPRESSION_LEAST && file.size <= BUFFERED_LIMIT;
+  return { coding: worthwhile ? accepted.find(canCompress) : undefined, source: file };
+}
+
+/** Codings that a client accepts at least as gladly as the bytes as they are, best first. */
+function acceptedCodings(accept: string | undefined): Coding[] {
+  if (accept === undefined) return [];
+  const qualities = parseAccept(accept);
+  const quality = (coding: string) =>
+    qualities.get(coding) ?? (coding === "gzip" ? qualities.get("x-gzip") : undefined) ?? qualities.get("*") ?? 0;
+  const identity = qualities.get("identity") ?? 0;
+  return (["br", "gzip"] as const).filter((coding) => quality(coding) > 0 && quality(coding) >= identity)
+    .sort((a, b) => quality(b) - quality(a));
+}
+
+/** Whether this platform has the compression. */
+function canCompress(coding: Coding): boolean {
+  try {
+    new CompressionStream(COMPRESSION_FORMATS[coding]);
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+const COMPRESSION_FORMATS = { br: "brotli" as "gzip", gzip: "gzip" } as const;
+
+async function compress(bytes: Uint8Array<ArrayBuffer>, coding: Coding): Promise<Uint8Array<ArrayBuffer>> {
+  const stream = new CompressionStream(COMPRESSION_FORMATS[coding]);
+  const [compressed] = await Promise.all([new Response(stream.readable).bytes(), writeAll(stream.writable, bytes)]);
+  return compressed;
+}
+
+/** Feeds a transformation in pieces, so that others are served in between. */
+async function writeAll(stream: WritableStream<BufferSource>, bytes: Uint8Array<ArrayBuffer>): Promise<void> {
+  const writer = stream.getWriter();
+  for (let at = 0; at < bytes.length; at += PIECE_SIZE) await writer.write(bytes.subarray(at, at + PIECE_SIZE));
+  await writer.close();
+}
+
+/** The representation's bytes as the content of a 200: from the cache, from memory, or as a stream. */
+async function readContent(server: HttpServer, chosen: Representation): Promise<Message> {
+  const { file, source, stored, encoding, coding, fields } = chosen;
+  const key = `${file.path}|${stored}|${encoding}|${coding}`, identity = `${file.identity}|${source.identity}`;
+  const cached = server.messages.get(key);
+  if (cached?.identity === identity) return cached.message;
+  if (source.size > BUFFERED_LIMIT) {
+    const content = encoding === stored ? streamFile(source) : streamConverted(server, chosen);
+    return { status: 200, fields, content, charset: encoding };
+  }
+  const bytes = await readWhole(source);
+  const { bytes: converted, lost } = encoding === stored ? { bytes, lost: 0 } : convert(server, chosen, bytes);
+  const content = coding !== undefined && source === file ? await compress(converted, coding) : converted;
+  const message: Message = { status: 200, fields, content, charset: encoding, lost, isFresh: freshness(file, source) };
+  // A file written a moment ago may be written again without its times showing it.
+  if (Date.now() - file.time > 50) server.messages.set(key, { identity, message }, content.length * 2);
+  return message;
+}
+
+/** Decodes, corrects the declaration inside, encodes. */
+function convert(server: HttpServer, chosen: Representation, bytes: Uint8Array): Encoded {
+  const text = decodeText(bytes, chosen.stored!);
+  return encodeText(
+    rewriteDeclaration(text, chosen.type, chosen.encoding!),
+    chosen.encoding!,
+    unmappableFor(server.settings.unmappable, chosen.type),
+  );
+}
+
+/** `auto` writes character references where they mean the character, and question marks elsewhere. */
+function unmappableFor(mode: Unmappable | "auto", type: string): Unmappable {
+  return mode !== "auto" ? mode : MARKUP_TYPE.test(type) ? "html" : "replacement";
+}
+
+/** Whether a cached file is still what is on disk; looks at most once in a while. */
+function freshness(...files: FileFound[]): (now: number) => boolean {
+  let looked = Date.now();
+  return (now) => {
+    if (now - looked < STAT_INTERVAL && now >= looked) return true;
+    looked = now;
+    try {
+      return files.every(({ path, identity }) => identityOf(Deno.statSync(path)) === identity);
+    } catch {
+      return false; // The long way finds out why.
+    }
+  };
+}
+
+async function openFile(path: string): Promise<Deno.FsFile> {
+  const file = await orNothing(Deno.open(path));
+  if (file === undefined) throw new HttpError(404, "Nothing is here any more");
+  return file;
+}
+
+/** Reads until the buffer is full or the file ends. Returns how many bytes were read. */
+async function readFully(file: Deno.FsFile, buffer: Uint8Array): Promise<number> {
+  let length = 0;
+  for (let count: number | null; length < buffer.length; length += count) {
+    count = await file.read(buffer.subarray(length));
+    if (count === null) break;
+  }
+  return length;
+}
+
+/** A file that is no longer what was stat'ed: its length is not the promised one. */
+class FileChanged extends Error {}
+
+async function readWhole({ path, size, identity }: FileFound): Promise<Uint8Array<ArrayBuffer>> {
+  using file = await openFile(path);
+  const bytes = new Uint8Array(size);
+  const length = await readFully(file, bytes);
+  if (length !== size || identityOf(await file.stat()) !== identity) {
+    throw new HttpError(503, "The file is being written", [["Retry-After", "1"]]);
+  }
+  return bytes;
+}
+
+/** A large file, as it is. */
+function streamFile(source: FileFound): Stream {
+  return {
+    length: source.size,
+    async *read(start = 0, end = source.size) {
+      using file = await openFile(source.path);
+      if (identityOf(await file.stat()) !== source.identity) {
+        throw new FileChanged(`${source.path} changed while it was sent`);
+      }
+      if (start > 0) await file.seek(start, Deno.SeekMode.Start);
+      for (let left = end - start; left > 0;) {
+        const piece = new Uint8Array(Math.min(left, PIECE_SIZE));
+        const length = await readFully(file, piece);
+        if (length < piece.length) throw new FileChanged(`${source.path} shrank while it was sent`);
+        left -= length;
+        yield piece;
+      }
+    },
+  };
+}
+
+/** A large text file, decoded and encoded piece by piece; its length is found by doing so once. */
+function streamConverted(server: HttpServer, chosen: Representation): Stream {
+  const { source, type, encoding } = chosen, mode = unmappableFor(server.settings.unmappable, type);
+  async function* convertAll() {
+    const decoder = new TextDecoder(chosen.stored);
+    let first = true;
+    for await (const piece of streamFile(source).read()) {
+      const text = decoder.decode(piece, { stream: true });
+      // Each piece is encoded by itself: ISO-2022-JP returns to ASCII in between.
+      yield encodeText(first ? rewriteDeclaration(text, type, encoding!) : text, encoding!, mode).bytes;
+      first = false;
+    }
+    yield encodeText(decoder.decode(), encoding!, mode).bytes;
+  }
+  return {
+    length: undefined,
+    async *read(start = 0, end = Infinity) {
+      let at = 0;
+      for await (const piece of convertAll()) {
+        const part = piece.subarray(Math.max(0, start - at), Math.max(0, end - at));
+        at += piece.length;
+        if (part.length > 0) yield part;
+        if (at >= end) return;
+      }
+    },
+  };
+}
+
+// ── Preconditions and ranges ────────────────────────────────────────────────────────────────────
+// A client that has a copy asks "only if it changed", one that has a part asks for the rest, and one
+// that wants to overwrite asks "only if nobody else did". The order of the questions is the RFC's.
+
+/** RFC 9110 §13.2.2. Returns 200 or 304; throws 412. */
+function evaluatePreconditions(head: RequestHead, { etag, file }: Representation): 200 | 304 {
+  // HTTP dates have no milliseconds.
+  const modified = Math.trunc(file.time / 1000) * 1000;
+  const reads = head.method === "GET" || head.method === "HEAD";
+  const ifMatch = fieldValue(head, "if-match"), ifNoneMatch = fieldValue(head, "if-none-match");
+  const unmodifiedSince = parseDate(fieldValue(head, "if-unmodified-since") ?? "");
+  const modifiedSince = parseDate(fieldValue(head, "if-modified-since") ?? "");
+  // A date that is no date is ignored: comparing with NaN is false.
+  const changed = ifMatch !== undefined ? !matchesTag(ifMatch, etag, "strong") : modified > unmodifiedSince;
+  if (changed) throw new HttpError(412, "The file is not the one you mean", [["ETag", etag]]);
+  const has = ifNoneMatch !== undefined ? matchesTag(ifNoneMatch, etag, "weak") : reads && modified <= modifiedSince;
+  if (!has) return 200;
+  if (reads) return 304;
+  throw new HttpError(412, "The file exists", [["ETag", etag]]);
+}
+
+/** Whether a list of entity tags has this one (RFC 9110 §8.8.3.2). */
+function matchesTag(list: string, etag: string, comparison: "strong" | "weak"): boolean {
+  if (list.trim() === "*") return true;
+  return [...list.matchAll(/(W\/)?("[\x21\x23-\x7e\x80-\xff]*")/g)]
+    .some(([, weak, tag]) => tag === etag && !(weak && comparison === "strong"));
+}
+
+/** RFC 9110 §15.4.5: the fields that a cache needs, no content. */
+function notModified({ fields, encoding }: Representation): Message {
+  const kept = fields.filter(([name]) => /^(?:ETag|Cache-Control|Vary|Last-Modified)$/.test(name));
+  return { status: 304, fields: kept, content: NO_BYTES, charset: encoding };
+}
+
+/** Most ranges of one request; more get the whole (RFC 9110 §17.15). */
+const RANGE_LIMIT = 16;
+
+/** A part of the content: from `start` up to, not including, `end`. */
+interface ByteRange {
+  readonly start: number;
+  readonly end: number;
+}
+
+/**
+ * The byte ranges of a Range field (RFC 9110 §14.1.2) that `length` bytes can satisfy: several, none
+ * (416), or undefined if the field is to be ignored: malformed, another unit, or a flood.
+ */
+function parseRange(value: string, length: number): ByteRange[] | undefined {
+  const set = /^bytes=(?<ranges>[\d\-, \t]+)$/i.exec(value)?.groups?.ranges;
+  const ranges: ByteRange[] = [], specs = set === undefined ? [] : parseList(set);
+  if (specs.length === 0 || specs.length > RANGE_LIMIT) return undefined;
+  for (const spec of specs) {
+    const [, first, last] = /^(\d{0,15})-(\d{0,15})$/.exec(spec) ?? [];
+    if (first === undefined || last === undefined || first + last === "") return undefined;
+    const isSuffix = first === "", start = isSuffix ? Math.max(0, length - Number(last)) : Number(first);
+    const end = isSuffix || last === "" ? length : Math.min(length, Number(last) + 1);
+    if (!isSuffix && last !== "" && Number(last) < start) return undefined;
+    if (start < end) ranges.push({ start, end });
+  }
+  // Ranges that overlap ask for more than there is.
+  const sorted = ranges.toSorted((a, b) => a.start - b.start);
+  return sorted.some(({ start }, i) => i > 0 && start < sorted[i - 1]!.end) ? undefined : ranges;
+}
+
+/** The part of the content that a Range field asks for (RFC 9110 §14.2): 206, 416, or the whole. */
+async function resolveRange(head: RequestHead, { etag, file, type }: Representation, whole: Message): Promise<Message> {
+  const asked = head.method === "GET" ? fieldValue(head, "range") : undefined;
+  const condition = fieldValue(head, "if-range");
+  if (asked === undefined || !/^bytes=/i.test(asked)) return whole;
+  if (condition !== undefined && condition !== etag && condition !== formatDate(file.time)) return whole;
+  const length = whole.content.length ?? await measure(whole.content as Stream);
+  const ranges = parseRange(asked, length);
+  if (ranges === undefined) return whole;
+  if (ranges.length === 0) {
+    throw new HttpError(416, "No byte of the file is in that range", [["Content-Range", `bytes */${length}`]]);
+  }
+  const parts = ranges.map(({ start, end }) => ({
+    start,
+    end,
+    field: ["Content-Range", `bytes ${start}-${end - 1}/${length}`] as const,
+  }));
+  const rest = { status: 206, charset: whole.charset };
+  const [only] = parts;
+  if (parts.length === 1) {
+    return { ...rest, fields: [...whole.fields, only!.field], content: slice(whole.content, [only!]) };
+  }
+  // RFC 9110 §14.6: each part has its own head, and the boundary stands in no part.
+  const boundary = crypto.randomUUID();
+  const partType = whole.fields.find(([name]) => name === "Content-Type")?.[1] ?? type;
+  const pieces = parts.flatMap((part) => [
+    latin1Bytes(`\r\n--${boundary}\r\nContent-Type: ${partType}\r\n${part.field.join(": ")}\r\n\r\n`),
+    part,
+  ]);
+  const fields = whole.fields.filter(([name]) => name !== "Content-Type");
+  return {
+    ...rest,
+    fields: [["Content-Type", `multipart/byteranges; boundary=${boundary}`], ...fields],
+    content: slice(whole.content, [...pieces, latin1Bytes(`\r\n--${boundary}--\r\n`)]),
+  };
+}
+
+async function measure(content: Stream): Promise<number> {
+  let length = 0;
+  for await (const piece of content.read()) length += piece.length;
+  return length;
+}
+
+/** Content made of parts of other content, and of bytes between them. */
+function slice(content: Uint8Array | Stream, parts: readonly (ByteRange | Uint8Array)[]): Uint8Array | Stream {
+  if (content instanceof Uint8Array) {
+    return concat(parts.map((part) => part instanceof Uint8Array ? part : content.subarray(part.start, part.end)));
+  }
+  return {
+    length: parts.reduce((sum, part) => sum + (part instanceof Uint8Array ? part.length : part.end - part.start), 0),
+    async *read() {
+      for (const part of parts) {
+        if (part instanceof Uint8Array) yield part;
+        else yield* content.read(part.start, part.end);
+      }
+    },
+  };
+}
+
+// ── Response ────────────────────────────────────────────────────────────────────────────────────
+// What the stages before have decided becomes bytes. One function writes heads.
+
+/** A response, ready but for what depends on the connection. */
+interface Message {
+  readonly status: number;
+  readonly fields: readonly Field[];
+  readonly content: Uint8Array | Stream;
+  /** The charset it is sent in, for the log. */
+  readonly charset?: string | undefined;
+  /** How many characters the charset lacked. */
+  readonly lost?: number;
+  /** Present if the message may answer equal requests again, as long as this says so. */
+  readonly isFresh?: (now: number) => boolean;
+  /** Such a message as bytes, good for the second that its Date names. */
+  ready?: { readonly bytes: Uint8Array; readonly second: number };
+}
+
+const NO_BYTES = new Uint8Array();
+const CONTINUE = latin1Bytes("HTTP/1.1 100 Continue\r\n\r\n");
+
+/** A response's head (RFC 9112 §4, RFC 9110 §6.6, §8.6). `head` is undefined if the request's could not be read. */
+function formatHead(server: HttpServer, message: Message, head: RequestHead | undefined, persistent: boolean): string {
+  const { status, fields, content } = message;
+  let text = `HTTP/1.1 ${status} ${REASONS[status] ?? ""}\r\nDate: ${server.date()}\r\n`;
+  for (const [name, value] of fields) {
+    if (!server.ownFields.has(name.toLowerCase())) text += `${name}: ${value}\r\n`;
+  }
+  text += server.extraHead;
+  // 204 and 304 end with their head; HTTP/1.0 knows no chunks: there the end of the connection is the end.
+  if (status !== 204 && status !== 304) {
+    if (content.length !== undefined) text += `Content-Length: ${content.length}\r\n`;
+    else if (head?.minor === 1) text += "Transfer-Encoding: chunked\r\n";
+  }
+  if (!persistent) text += "Connection: close\r\n";
+  else if (head?.minor === 0) text += "Connection: keep-alive\r\n";
+  return text + "\r\n";
+}
+
+/** A message whose content is bytes. */
+type WholeMessage = Message & { readonly content: Uint8Array };
+
+/** Head and content in one piece, for one write. */
+function compose(
+  server: HttpServer,
+  message: WholeMessage,
+  head: RequestHead | undefined,
+  persistent: boolean,
+): Uint8Array {
+  const text = formatHead(server, message, head, persistent);
+  server.log.wire(text, ">");
+  const length = head?.method === "HEAD" ? 0 : message.content.length;
+  const bytes = new Uint8Array(text.length + length);
+  Buffer.prototype.latin1Write.call(bytes, text, 0, text.length);
+  if (length > 0) bytes.set(message.content, text.length);
+  return bytes;
+}
+
+/** Writes a response whose content is made on the way. */
+async function writeStream(
+  server: HttpServer,
+  connection: Connection,
+  message: Message & { content: Stream },
+  head: RequestHead,
+): Promise<void> {
+  const { content } = message, chunked = content.length === undefined && head.minor === 1;
+  if (content.length === undefined && !chunked) connection.close(false);
+  const text = formatHead(server, message, head, persists(server, connection, head));
+  server.log.wire(text, ">");
+  let before: Uint8Array = latin1Bytes(text), sent = 0;
+  // The head leaves with the first piece: if that cannot be had, an error page can still be sent.
+  if (head.method !== "HEAD") {
+    for await (const piece of content.read(0, Infinity, text)) {
+      if (piece.length === 0) continue;
+      if (chunked) before = concat([before, latin1Bytes(`${piece.length.toString(16)}\r\n`)]);
+      connection.midway = true;
+      await connection.write(
+        before.length + (chunked ? 2 : 0) === 0 ? piece : concat([before, piece, chunked ? CRLF : NO_BYTES]),
+      );
+      before = NO_BYTES;
+      sent += piece.length;
+    }
+    if (chunked) before = concat([before, LAST_CHUNK]);
+  }
+  await connection.write(before);
+  connection.midway = false;
+  server.log.access(connection.remote, head, message, sent);
+}
+
+const CRLF = latin1Bytes("\r\n"), LAST_CHUNK = latin1Bytes("0\r\n\r\n");
+
+// ── The lab ─────────────────────────────────────────────────────────────────────────────────────
+// What is served without ROOT: a page to look at charsets with, and their bytes for programs. The page
+// has no script and may run none: under a false label any text could turn into markup.
+
+const LAB_ROUTES: readonly Route[] = [
+  [/^\/$/, labPage],
+  [/^\/text$/, textFixture, ["GET", "POST"]],
+  [/^\/charsets$/, describeCharsets],
+];
+
+const LAB_POLICY =
+  "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'";
+
+const GREETINGS: readonly (readonly [language: string, code: string, greeting: string])[] = [
+  ["English", "en", "Hello, world"],
+  ["简体中文", "zh-Hans", "你好，世界"],
+  ["繁體中文", "zh-Hant", "您好，世界"],
+  ["日本語", "ja", "こんにちは、世界"],
+  ["한국어", "ko", "안녕하세요"],
+  ["Русский", "ru", "Привет, мир"],
+  ["Українська", "uk", "Привіт, світе"],
+  ["Ελληνικά", "el", "Γειά σου, Κόσμε"],
+  ["עברית", "he", "שלום עולם"],
+  ["العربية", "ar", "مرحبا بالعالم"],
+  ["ไทย", "th", "สวัสดีชาวโลก"],
+  ["Tiếng Việt", "vi", "Xin chào thế giới"],
+  ["Türkçe", "tr", "Günaydın dünya, şeker"],
+  ["Polski", "pl", "Dzień dobry, świecie"],
+  ["Français", "fr", "Ça va, cœur ?"],
+  ["Cymraeg", "cy", "Ŵyn a ŷd"],
+  ["Latviešu", "lv", "Sveika, pasaulē"],
+  ["Íslenska", "is", "Góðan daginn, þú"],
+  ["Esperanto", "eo", "Saluton, ĉiu ĝojo"],
+  ["हिन्दी", "hi", "नमस्ते दुनिया"],
+  ["Emoji", "zxx", "👋🌍"],
+];
+
+/** Charsets whose texts are taken for another's most often: they are shown first. */
+const USUAL_SUSPECTS = [
+  "utf-8",
+  "windows-1252",
+  "gbk",
+  "big5",
+  "shift_jis",
+  "euc-jp",
+  "euc-kr",
+  "windows-1251",
+  "koi8-r",
+  "utf-16le",
+];
+/** Most characters that the tables of the page show. */
+const SHOWN_CHARACTERS = 48;
+
+/** `GET /`: the page. It shows the head of its own response, so its text is made when that is known. */
+function labPage(incoming: Incoming): Answer {
+  const { query, charset } = incoming, declare = query.get("declare") || undefined;
+  if (declare !== undefined && !TOKEN.test(declare)) throw new HttpError(400, `"${declare}" cannot be declared`);
+  const text = query.get("text") ?? sampleOf(charset).split(" / ")[1] ?? "Hello";
+  return {
+    type: "text/html",
+    charset,
+    ...(declare && { declare }),
+    headers: { "Content-Security-Policy": LAB_POLICY, "Cache-Control": "no-store" },
+    body: (head) => labHtml({ text, charset, declare, requestHead: incoming.headText, responseHead: head }),
+  };
+}
+
+/** What the page is about. */
+interface Experiment {
+  readonly text: string;
+  readonly charset: string;
+  readonly declare: string | undefined;
+  readonly requestHead: string;
+  readonly responseHead: string;
+}
+
+const LAB_STYLE = `
+:root { color-scheme: light dark; --ink: light-dark(#1c1b1a, #ece9e4); --soft: light-dark(#5f5a54, #a9a39b); --paper: light-dark(#fdfcfa, #181716);
+  --panel: light-dark(#f4f1ec, #22201e); --line: light-dark(#d9d3ca, #3b3834); --accent: light-dark(#9a3412, #fdba74); --wrong: light-dark(#fde68a, #713f12) }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 62rem; padding: 1.5rem clamp(1rem, 4vw, 2.5rem) 4rem; color: var(--ink); background: var(--paper); font: 1rem/1.6 system-ui, sans-serif }
+h1 { font: 600 clamp(1.6rem, 5vw, 2.4rem)/1.15 Georgia, "Noto Serif", serif; margin: .5rem 0 }
+h2 { font: 600 1.25rem/1.3 Georgia, "Noto Serif", serif; margin: 2.5rem 0 .5rem }
+p { max-width: 44rem; margin: .5rem 0 } small, .soft, dt { color: var(--soft) } a { color: var(--accent) }
+code, pre, .bytes { font-family: ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace; font-size: .875rem }
+form { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); padding: 1.25rem; background: var(--panel); border: 1px solid var(--line); border-radius: .5rem }
+form .wide { grid-column: 1 / -1 } label { display: grid; gap: .25rem; font-weight: 600 }
+textarea, select, button { font: inherit; color: inherit; width: 100%; padding: .5rem .75rem; background: var(--paper); border: 1px solid var(--soft); border-radius: .25rem }
+textarea { min-height: 5rem; resize: vertical } button { justify-self: start; width: auto; padding-inline: 1.5rem; color: var(--paper); background: var(--accent); border-color: var(--accent); font-weight: 600; cursor: pointer }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
+.scroll { overflow-x: auto } table { border-collapse: collapse; width: 100% } caption { text-align: start; color: var(--soft); padding-bottom: .5rem }
+th, td { text-align: start; vertical-align: top; padding: .4rem 1rem .4rem 0; border-bottom: 1px solid var(--line) } th { font-weight: 600; white-space: nowrap } td.text { overflow-wrap: anywhere; min-width: 14rem }
+.char { font-size: 1.35rem; line-height: 1.2 } mark { color: inherit; background: var(--wrong); border-radius: .2em; padding: 0 .1em } .notice { padding: .75rem 1.25rem; background: var(--wrong); border-radius: .5rem }
+.greetings { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .75rem 1.5rem; margin: 1rem 0 } .greetings dd { margin: 0 }
+nav { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem } footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line); color: var(--soft) }
+@media print { form, nav { display: none } body { max-width: none; padding: 0 } h2 { break-after: avoid } tr { break-inside: avoid } }
+`;
+
+function labHtml(experiment: Experiment): string {
+  const { text, charset, declare } = experiment;
+  const falsely = declare !== undefined && declare !== "none" &&
+    !(LABELS.includes(declare) && encodingOf(declare) === charset);
+  return `<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>charserve: ${escapeMarkup(charset)}</title>
+<style>${LAB_STYLE}</style>
+</head>
+<body>
+<header>
+<h1>The charset lab</h1>
+<p>This page was sent in <strong>${charset}</strong>${
+    falsely ? ` and declared as <strong>${escapeMarkup(declare)}</strong>` : ""
+  }. Text is bytes, and a name for the rule that reads them; when the name is wrong, the text is garbled.</p>
+${
+    declare === undefined
+      ? ""
+      : `<p class="notice"><a href="?${labQuery({ text, charset })}">Declare the true charset again</a></p>`
+  }
+</header>
+<main>
+${labForm(experiment)}
+<section aria-labelledby="greetings"><h2 id="greetings">Greetings</h2>
+<p>What ${charset} lacks was sent as a character reference: you can read it, but it costs up to eight times the bytes.</p>
+<dl class="greetings">${
+    GREETINGS.map(([language, code, greeting]) =>
+      `<div><dt>${language}</dt><dd lang="${code}" dir="auto">${greeting}</dd></div>`
+    ).join("\n")
+  }</dl></section>
+${labCharacters(text, charset)}
+${labReadings(text, charset)}
+${labWire(experiment)}
+</main>
+<footer><p>For programs: <a href="text?${
+    labQuery({ text, charset })
+  }">this text alone</a>, <a href="charsets">all charsets as JSON</a>.</p></footer>
+</body>
+</html>
+`;
+}
+
+/** A query of the page, in the form that is read whatever the charset. */
+function labQuery(parameters: Readonly<Record<string, string>>): string {
+  return escapeMarkup(new URLSearchParams({ ...parameters, _charset_: "utf-8" }).toString());
+}
+
+function labForm({ text, charset, declare }: Experiment): string {
+  const options = (chosen: string | undefined) =>
+    [...ENCODINGS.keys()].map((name) => `<option${name === chosen ? " selected" : ""}>${name}</option>`).join("");
+  return `<form action="./" method="get" aria-label="Experiment">
+<input type="hidden" name="_charset_">
+<label class="wide">Text <textarea name="text" rows="3" spellcheck="false">\n${escapeMarkup(text)}</textarea></label>
+<label>Sent in <select name="charset">${options(charset)}</select></label>
+<label>Declared as <select name="declare"><option value="">the truth</option><option value="none"${
+    declare === "none" ? " selected" : ""
+  }>nothing</option>${options(declare)}</select></label>
+<button class="wide">Send it</button>
+</form>`;
+}
+
+/** The characters of a text, at most `SHOWN_CHARACTERS`. */
+function shownCharacters(text: string): string[] {
+  return Array.from(text.toWellFormed().slice(0, SHOWN_CHARACTERS * 2)).slice(0, SHOWN_CHARACTERS);
+}
+
+function labCharacters(text: string, charset: string): string {
+  const rows = shownCharacters(text).map((character) => {
+    const codePoint = character.codePointAt(0)!, { bytes, lost } = encodeText(character, charset, "html");
+    const name = "U+" + codePoint.toString(16).toUpperCase().padStart(4, "0");
+    const sent = lost === 0 ? hex(bytes) : `<mark>not in ${charset}</mark>, sent as ${escapeMarkup(latin1(bytes))}`;
+    return `<tr><td class="char" dir="auto">${visible(character)}</td><td><code>${name}</code></td><td>${
+      scriptOf(character)
+    }</td><td class="bytes">${sent}</td></tr>`;
+  });
+  return `<section aria-labelledby="characters"><h2 id="characters">Characters and bytes</h2><div class="scroll" tabindex="0" role="group" aria-labelledby="characters"><table>
+<thead><tr><th scope="col">Character<th scope="col">Code point<th scope="col">Script<th scope="col">Bytes in ${charset}</thead>
+<tbody>${rows.join("\n")}</tbody></table></div></section>`;
+}
+
+/** A character as markup that shows it: pictures for the controls. */
+function visible(character: string): string {
+  const code = character.charCodeAt(0);
+  return code <= 0x20 ? `&#${0x2400 + code};` : code === 0x7f ? "&#x2421;" : escapeMarkup(character);
+}
+
+// deno-fmt-ignore
+const SCRIPTS = [
+  "Latin", "Han", "Hiragana", "Katakana", "Hangul", "Cyrillic", "Greek", "Arabic", "Hebrew", "Thai", "Devanagari", "Bopomofo",
+  "Armenian", "Georgian", "Bengali", "Tamil", "Telugu", "Kannada", "Malayalam", "Gujarati", "Gurmukhi", "Sinhala", "Khmer",
+  "Lao", "Myanmar", "Tibetan", "Mongolian", "Ethiopic", "Cherokee", "Braille", "Yi",
+].map((script) => [script, new RegExp(`\\p{Script=${script}}`, "u")] as const);
+
+const CATEGORIES = ([
+  ["Letter", "L"],
+  ["Mark", "M"],
+  ["Digit", "Nd"],
+  ["Number", "N"],
+  ["Punctuation", "P"],
+  ["Currency", "Sc"],
+  ["Emoji", "Extended_Pictographic"],
+  ["Symbol", "S"],
+  ["Space", "Z"],
+  ["Control", "Cc"],
+  ["Private use", "Co"],
+] as const)
+  .map(([name, property]) => [name, new RegExp(`\\p{${property}}`, "u")] as const);
+
+/** The script of a character, or what kind it is. */
+function scriptOf(character: string): string {
+  return [...SCRIPTS, ...CATEGORIES].find(([, pattern]) => pattern.test(character))?.[0] ?? "Other";
+}
+
+/** How the bytes of a text read in every other charset. */
+function labReadings(text: string, charset: string): string {
+  const shown = shownCharacters(text).join(""), bytes = encode(shown, charset);
+  const readers = [...USUAL_SUSPECTS, ...[...ENCODINGS.keys()].filter((name) => !USUAL_SUSPECTS.includes(name))];
+  const rows = readers.filter((name) => name !== charset).map((name) => {
+    const reading = escapeMarkup(decodeText(bytes, name)).replace(/\uFFFD/g, "<mark>&#xFFFD;</mark>");
+    return `<tr><th scope="row"><a href="?${
+      labQuery({ text, charset, declare: name })
+    }">${name}</a></th><td class="text" dir="auto">${controlPictures(reading)}</td></tr>`;
+  });
+  return `<section aria-labelledby="readings"><h2 id="readings">How it reads elsewhere</h2>
+<p class="bytes">${hex(bytes)}</p>
+<p>These are the bytes just sent. Whoever takes them for another charset reads this; follow a name, and your own browser does.</p>
+<div class="scroll" tabindex="0" role="group" aria-labelledby="readings"><table><thead><tr><th scope="col">Read as<th scope="col">Text</thead>
+<tbody>${rows.join("\n")}</tbody></table></div></section>`;
+}
+
+/** Control characters of a reading as pictures, so that none acts. */
+function controlPictures(text: string): string {
+  // deno-lint-ignore no-control-regex
+  return text.replace(/[\x00-\x1f]/g, (control) => `&#${0x2400 + control.charCodeAt(0)};`).replace(
+    /[\x7f-\x9f\u202a-\u202e\u2066-\u2069]/g,
+    "<mark>&#xB7;</mark>",
+  );
+}
+
+/** What the lines of a head say, for those who see one for the first time. */
+const LINE_NOTES: readonly (readonly [line: RegExp, note: string])[] = [
+  [/^[A-Z]+ \S+ HTTP\//, "the request line: method, target, version (RFC 9112 §3)"],
+  [/^HTTP\//, "the status line: version, status code, reason (RFC 9112 §4)"],
+  [/^Host:/i, "which of the sites at this address is meant (RFC 9110 §7.2)"],
+  [/^User-Agent:/i, "the program that asks (RFC 9110 §10.1.5)"],
+  [/^Accept:/i, "media types it would like (RFC 9110 §12.5.1)"],
+  [/^Accept-Charset:/i, "charsets it would like (RFC 9110 §12.5.2)"],
+  [/^Accept-Encoding:/i, "compressions it can undo (RFC 9110 §12.5.3)"],
+  [/^Accept-Language:/i, "languages its user reads (RFC 9110 §12.5.4)"],
+  [/^Connection: close/i, "the last message of this connection (RFC 9112 §9.6)"],
+  [/^Connection:/i, "wishes about this connection alone (RFC 9110 §7.6.1)"],
+  [/^Referer:/i, "the page that led here (RFC 9110 §10.1.3)"],
+  [/^Cookie:/i, "what a server of this host asked it to keep (RFC 6265 §5.4)"],
+  [/^Upgrade-Insecure-Requests:/i, "it would prefer HTTPS (Upgrade Insecure Requests §3.2)"],
+  [/^Sec-Fetch/i, "who asks, and what for (Fetch Metadata §2)"],
+  [/^Sec-CH/i, "what the browser tells of itself (RFC 8942)"],
+  [/^If-/i, "only if this holds (RFC 9110 §13.1)"],
+  [/^Cache-Control:/i, "what caches may do with it (RFC 9111 §5.2)"],
+  [/^Date:/i, "when this was said (RFC 9110 §6.6.1)"],
+  [/^Content-Type:/i, "what the content is, and the charset it is declared to be in (RFC 9110 §8.3)"],
+  [/^Content-Length:/i, "how many bytes of content follow (RFC 9110 §8.6)"],
+  [
+    /^Transfer-Encoding:/i,
+    "the content comes in chunks, each with its size: nobody knew the length when this was sent (RFC 9112 §7.1)",
+  ],
+  [/^Content-Security-Policy:/i, "no script may run here, whatever the bytes turn into (CSP 3)"],
+  [/^X-Content-Type-Options:/i, "do not guess another type (Fetch §3.6)"],
+  [/^Vary:/i, "fields of the request that the answer depended on (RFC 9110 §12.5.5)"],
+  [/^$/, "an empty line: here the head ends"],
+];
+
+function labWire({ requestHead, responseHead }: Experiment): string {
+  const table = (title: string, head: string) => {
+    const rows = head.split("\r\n").slice(0, -1).map((line) => {
+      const note = LINE_NOTES.find(([pattern]) => pattern.test(line))?.[1] ?? "";
+      return `<tr><td class="text"><code>${
+        escapeMarkup(escapeControls(line))
+      }</code></td><td><small>${note}</small></td></tr>`;
+    });
+    return `<div class="scroll" tabindex="0" role="group" aria-label="${title}"><table><caption>${title}</caption><tbody>${
+      rows.join("\n")
+    }</tbody></table></div>`;
+  };
+  return `<section aria-labelledby="wire"><h2 id="wire">On the wire</h2>
+<p>What your browser sent to get this page, and what stood before it in the answer. <code>--log wire</code> shows the same in the terminal.</p>
+${table("The request, as it came", requestHead)}
+${table("The response, as it went", responseHead)}</section>`;
+}
+
+/** `GET /text`, `POST /text`: the text alone, so encoded and so labelled. */
+async function textFixture(incoming: Incoming): Promise<Answer> {
+  const { query } = incoming, get = (name: string) => query.get(name) || undefined;
+  const text = incoming.method === "POST" ? await incoming.text() : get("text") ?? "";
+  const type = get("type") ?? "plain", charset = incoming.charset;
+  const mark = query.has("bom") && !/^(?:0|no|false)$/.test(query.get("bom")!) ? "\uFEFF" : "";
+  const pieceSize = numberParameter(query, "chunk", 1, 65536);
+  const declare = get("declare");
+  if (declare !== undefined && !TOKEN.test(declare)) throw new HttpError(400, `"${declare}" cannot be declared`);
+  const mode = get("unmappable") ?? "auto";
+  if (!/^(?:auto|html|replacement|fatal)$/.test(mode)) {
+    throw new HttpError(400, "unmappable is auto, html, replacement or fatal");
+  }
+  const answer: Answer = {
+    type: TEXT_SHORTHANDS[type] ?? type,
+    body: mark + text,
+    charset,
+    unmappable: mode as Unmappable,
+    ...(declare && { declare }),
+    headers: { "Content-Security-Policy": "sandbox; " + LAB_POLICY },
+  };
+  if (pieceSize === undefined) return answer;
+  const { bytes } = encodeText(mark + text, charset, unmappableFor(answer.unmappable!, answer.type!));
+  return { ...answer, body: inPieces(bytes, pieceSize) };
+}
+
+/** Bytes in pieces of one size: each becomes a chunk (RFC 9112 §7.1), whatever characters it cuts. */
+async function* inPieces(bytes: Uint8Array, size: number): AsyncGenerator<Uint8Array> {
+  for (let at = 0; at < bytes.length; at += size) yield await Promise.resolve(bytes.subarray(at, at + size));
+}
+
+const TEXT_SHORTHANDS: Readonly<Record<string, string>> = {
+  plain: "text/plain",
+  html: "text/html",
+  xml: "application/xml",
+  css: "text/css",
+  csv: "text/csv",
+  json: "application/json",
+  js: "text/javascript",
+};
+
+/** A whole number of a query; undefined if absent. Throws 400. */
+function numberParameter(query: URLSearchParams, name: string, least: number, most: number): number | undefined {
+  const text = query.get(name);
+  if (text === null || text === "") return undefined;
+  const value = /^\d{1,9}$/.test(text) ? Number(text) : NaN;
+  if (value >= least && value <= most) return value;
+  throw new HttpError(400, `${name} is a number from ${least} to ${most}`);
+}
+
+/** `GET /charsets`: all charsets, for programs. */
+function describeCharsets(): Answer {
+  const charsets = [...ENCODINGS].map(([name, labels]) => {
+    const sample = sampleOf(name);
+    return { name, labels, kind: kindOf(name), sample, bytes: hex(encode(sample, name)) };
+  });
+  return { type: "application/json", body: JSON.stringify(charsets, null, 2) + "\n", constant: true };
+}
+
+function kindOf(encoding: string): "unicode" | "multi-byte" | "single-byte" {
+  return encoding.startsWith("utf-") ? "unicode" : isMultiByte(encoding) ? "multi-byte" : "single-byte";
+}
+
+/** The greetings that a charset can write, without loss. */
+function sampleOf(encoding: string): string {
+  return GREETINGS.map(([, , greeting]) => greeting)
+    .filter((greeting) => encodeText(greeting, encoding, "html").lost === 0).join(" / ");
+}
+
+function hex(bytes: Uint8Array): string {
+  return Array.from(bytes, (byte) => byte.toString(16).toUpperCase().padStart(2, "0")).join(" ");
+}
+
+// ── Server ──────────────────────────────────────────────────────────────────────────────────────
+// Accepts connections, serves each, keeps the time for all, and knows how to stop.
+
+/** Longest wait at the end for answers that are under way, in milliseconds. */
+const DRAIN_TIME = 10_000;
+/** How long to wait before accepting again when the system has no more files, in milliseconds. */
+const ACCEPT_BACKOFF = 100;
+
+/** A running server, as {@linkcode Deno.serve} has one. */
+export interface Server extends AsyncDisposable {
+  /** Address that is listened on. */
+  readonly addr: Deno.Addr;
+  /** Resolves when the last connection is closed. */
+  readonly finished: Promise<void>;
+  /** Stops accepting, lets answers under way finish (10 s at most), closes what is idle. Resolves when all is done. */
+  shutdown(): Promise<void>;
+}
+
+/**
+ * Starts a server.
+ *
+ * ```ts
+ * import { serve } from "./server.ts";
+ * await using server = serve({ port: 0, routes: [[/^\/$/, () => "你好"]], charset: "gbk" });
+ * ```
+ *
+ * @throws {Deno.errors.AddrInUse} The port is taken.
+ * @throws {Deno.errors.NotCapable} `--allow-net` is missing, or `--allow-read` for `root`.
+ * @throws {Deno.errors.NotFound} `root` does not exist.
+ * @throws {RangeError} A charset does not exist.
+ */
+export function serve(options: ServeOptions = {}): Server {
+  return new HttpServer(options);
+}
+
+class HttpServer implements Server {
+  readonly addr: Deno.Addr;
+  readonly finished: Promise<void>;
+  readonly settings: Settings;
+  readonly routes: readonly Route[];
+  readonly root: Root | undefined;
+  readonly secure: boolean;
+  readonly log: Log;
+  readonly options: ServeOptions;
+  /** What `--header` and the like add to every head, and the names that it replaces. */
+  readonly extraHead: string;
+  readonly ownFields: ReadonlySet<string>;
+  /** Caches: of heads, of what is known of files' charsets, of files' responses. */
+  readonly heads = new Map<string, KnownHead>();
+  readonly charsets = new Cache<StoredCharset>(CACHE_SIZE / 4);
+  readonly messages = new Cache<{ readonly identity: string; readonly message: Message }>(CACHE_SIZE);
+  draining = false;
+  readonly #listener: Deno.Listener;
+  readonly #connections = new Set<Connection>();
+  readonly #patience: Patience;
+  readonly #hosts: ReadonlySet<string> | undefined;
+  readonly #sweeper: ReturnType<typeof setInterval>;
+  #drainDeadline = Infinity;
+  #second = 0;
+  #date = "";
+  #backoff: PromiseWithResolvers<void> | undefined;
+
+  constructor(options: ServeOptions) {
+    const settings = this.settings = settingsOf(options);
+    this.options = options;
+    this.root = settings.root === undefined ? undefined : openRoot(settings.root);
+    this.routes = [...(options.routes ?? []), ...(settings.body === undefined ? [] : [bodyRoute(settings.body)])];
+    this.secure = settings.cert !== undefined;
+    const added: Field[] = [
+      ["X-Content-Type-Options", "nosniff"],
+      ...(settings.cors ? [["Access-Control-Allow-Origin", "*"] as const] : []),
+    ];
+    this.ownFields = new Set(settings.header.map(([name]) => name.toLowerCase()));
+    this.extraHead = [...added.filter(([name]) => !this.ownFields.has(name.toLowerCase())), ...settings.header]
+      .map(([name, value]) => `${name}: ${value}\r\n`).join("");
+    const { headerTimeout: head, idleTimeout: idle } = settings;
+    this.#patience = {
+      now: performance.now(),
+      request: idle,
+      head,
+      content: idle,
+      reader: idle,
+      handler: Infinity,
+      end: LINGER_TIME,
+    };
+    this.log = new Log(settings.log, options.onLog);
+    this.#listener = listen(settings, options.reusePort);
+    this.addr = this.#listener.addr;
+    this.#hosts = allowedHosts(this.addr, settings);
+    this.#sweeper = setInterval(() => this.#sweep(), Math.max(10, Math.min(1000, Math.min(head, idle) / 4)));
+    this.finished = this.#accept().then(() => this.#end());
+    options.signal?.addEventListener("abort", () => void this.shutdown(), { once: true });
+    if (options.signal?.aborted) void this.shutdown();
+    options.onListen?.(this.addr);
+  }
+
+  /** Value of the Date field, made once a second. */
+  date(now: number = Date.now()): string {
+    const second = Math.trunc(now / 1000);
+    if (second !== this.#second) [this.#second, this.#date] = [second, formatDate(now)];
+    return this.#date;
+  }
+
+  async #accept(): Promise<void> {
+    while (!this.draining) {
+      try {
+        this.#take(await this.#listener.accept());
+      } catch (error) {
+        if (this.draining) return;
+        // Out of files, or a client that gave up: wait a little, others will close theirs.
+        this.log.line(`cannot accept a connection: ${(error as Error).message}`);
+        await this.#pause(ACCEPT_BACKOFF);
+      }
+    }
+  }
+
+  /** Waits, unless the server stops meanwhile. */
+  async #pause(time: number): Promise<void> {
+    const { promise, resolve } = this.#backoff = Promise.withResolvers<void>();
+    const timer = setTimeout(resolve, time);
+    await promise;
+    clearTimeout(timer);
+  }
+
+  #take(conn: Deno.Conn): void {
+    const connection = new Connection(conn, this.#patience, this.heads);
+    const full = this.#connections.size >= this.settings.maxConnections;
+    this.#connections.add(connection);
+    const served = full ? refuseConnection(this, connection) : serveConnection(this, connection);
+    served.finally(() => {
+      this.#connections.delete(connection);
+      if (this.draining && this.#connections.size === 0) this.#drained.resolve();
+    });
+  }
+
+  /** One look at all connections: whose time is up? */
+  #sweep(): void {
+    const now = this.#patience.now = performance.now();
+    for (const connection of this.#connections) {
+      if (now > connection.deadline) connection.expire();
+      else if (now > this.#drainDeadline) connection[Symbol.dispose]();
+    }
+  }
+
+  readonly #drained = Promise.withResolvers<void>();
+
+  shutdown(): Promise<void> {
+    if (!this.draining) {
+      this.draining = true;
+      this.#drainDeadline = performance.now() + DRAIN_TIME;
+      this.#listener.close();
+      this.#backoff?.resolve();
+      for (const connection of this.#connections) connection.closeIfIdle();
+      if (this.#connections.size === 0) this.#drained.resolve();
+    }
+    return this.finished;
+  }
+
+  async #end(): Promise<void> {
+    await this.#drained.promise;
+    clearInterval(this.#sweeper);
+    if (this.settings.unix !== undefined) Deno.removeSync(this.settings.unix);
+    await this.log.close();
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.shutdown();
+  }
+
+  /** Whether a request names this server (RFC 9110 §7.4): a page elsewhere must not reach us by a name that it controls. */
+  answersTo(authority: string): boolean {
+    if (this.#hosts === undefined) return true;
+    const host = authority.replace(/:\d*$/, "").replace(/\.$/, "");
+    return this.#hosts.has(host) || host.endsWith(".localhost") && this.#hosts.has("localhost");
+  }
+}
+
+/** Options over the defaults of the table; labels resolved. */
+function settingsOf(options: ServeOptions): Settings & { readonly root: string | undefined } {
+  const given = Object.entries(options).filter(([, value]) => value !== undefined);
+  const settings = { ...DEFAULTS, log: "none", root: undefined, ...Object.fromEntries(given) } as Settings & {
+    root: string | undefined;
+  };
+  const { charset, sourceCharset } = settings;
+  return {
+    ...settings,
+    charset: charset && encodingOf(charset),
+    sourceCharset: sourceCharset === "auto" ? "auto" : encodingOf(sourceCharset),
+  };
+}
+
+function listen({ host, port, unix, cert, key }: Settings, reusePort = false): Deno.Listener {
+  if (unix !== undefined) return Deno.listen({ transport: "unix", path: unix });
+  const address = { hostname: host, port, reusePort };
+  if (cert !== undefined && key !== undefined) {
+    return Deno.listenTls({ ...address, cert, key, alpnProtocols: ["http/1.1"] });
+  }
+  return Deno.listen(address);
+}
+
+/** Names to answer to; undefined is any. Other machines reach us by names that we cannot know. */
+function allowedHosts(addr: Deno.Addr, { host, allowHost }: Settings): ReadonlySet<string> | undefined {
+  const local = addr.transport === "tcp" && /^(?:127\.|::1$)/.test(addr.hostname);
+  if (allowHost.includes("*") || !local && allowHost.length === 0) return undefined;
+  const own = addr.transport === "tcp" ? [addr.hostname, `[${addr.hostname}]`, host.toLowerCase()] : [];
+  return new Set([
+    ...own,
+    ...(local ? ["localhost", "127.0.0.1", "[::1]"] : []),
+    ...allowHost.map((name) => name.toLowerCase()),
+  ]);
+}
+
+function openRoot(path: string): Root {
+  const real = Deno.realPathSync(path);
+  return { path: real, isFile: Deno.statSync(real).isFile };
+}
+
+function bodyRoute(body: string): Route {
+  return [/^/, () => ({ body, constant: true })];
+}
+
+/** One connection, from its first byte to its last. */
+async function serveConnection(server: HttpServer, connection: Connection): Promise<void> {
+  using _ = connection;
+  try {
+    while (!connection.closing) await serveNext(server, connection);
+    if (connection.lingers) await connection.linger();
+  } catch {
+    // The client is gone: nobody is left to be told.
+  }
+}
+
+/** Tells a client that there are too many. */
+async function refuseConnection(server: HttpServer, connection: Connection): Promise<void> {
+  using _ = connection;
+  try {
+    await sendError(server, connection, new FramingError(503, "Too many connections", [["Retry-After", "1"]]));
+    await connection.linger();
+  } catch {
+    // It did not wait.
+  }
+}
+
+/** Answers requests up to the first that has to be waited for, and that one. */
+async function serveNext(server: HttpServer, connection: Connection): Promise<void> {
+  try {
+    const message = await connection.next((known) => respond(server, connection, known));
+    if (message === undefined) connection.closing = true;
+    else await send(server, connection, message);
+  } catch (error) {
+    await sendError(server, connection, error);
+  }
+}
+
+/** Answers one request: with bytes if that is possible at once, else with the promise of a message. */
+function respond(server: HttpServer, connection: Connection, known: KnownHead): Uint8Array | Promise<Message> {
+  const { head, message: last } = known, now = Date.now();
+  if (last !== undefined && !server.draining) {
+    if (last.isFresh!(now)) {
+      server.log.access(connection.remote, head, last);
+      return readyBytes(server, last, head, now);
+    }
+    known.message = undefined;
+  }
+  server.log.wire(head.text, "<");
+  const message = answer(server, new IncomingRequest(server, connection, head));
+  if (message instanceof Promise || !(message.content instanceof Uint8Array) || head.framing.kind !== "none") {
+    return Promise.resolve(message);
+  }
+  return finish(server, connection, known, message as WholeMessage);
+}
+
+/** From the request to the response: the way that the top of this file draws. */
+function answer(server: HttpServer, incoming: IncomingRequest): Message | Promise<Message> {
+  const expectation = incoming.header("expect");
+  if (expectation !== undefined && !EXPECTS_CONTINUE.test(expectation)) {
+    throw new HttpError(417, `The expectation "${expectation.slice(0, 100)}" cannot be met`);
+  }
+  if (!server.answersTo(incoming.authority)) {
+    throw new HttpError(421, "This server does not answer to that host name (--allow-host lets it)");
+  }
+  if (
+    server.settings.cors && incoming.method === "OPTIONS" &&
+    incoming.header("access-control-request-method") !== undefined
+  ) {
+    return { status: 204, fields: PREFLIGHT, content: NO_BYTES };
+  }
+  const resource = locate(server, incoming);
+  return resource instanceof Promise
+    ? resource.then((resource) => represent(server, incoming, resource))
+    : represent(server, incoming, resource);
+}
+
+/** What a preflight of Fetch §3.2.3 wants to hear. */
+const PREFLIGHT: readonly Field[] = [
+  ["Access-Control-Allow-Methods", "GET, HEAD, POST, PUT, PATCH, DELETE"],
+  ["Access-Control-Allow-Headers", "*, Authorization"],
+  ["Access-Control-Max-Age", "86400"],
+];
+
+/** The bytes of a message that answers equal requests: made anew when its Date is no longer true. */
+function readyBytes(server: HttpServer, message: Message, head: RequestHead, now: number): Uint8Array {
+  const second = Math.trunc(now / 1000);
+  if (message.ready?.second !== second) {
+    message.ready = { second, bytes: compose(server, message as WholeMessage, head, true) };
+  }
+  return message.ready.bytes;
+}
+
+/** A whole response as bytes; remembers what may be sent again, and whether the connection goes on. */
+function finish(server: HttpServer, connection: Connection, known: KnownHead, message: WholeMessage): Uint8Array {
+  const { head } = known, persistent = persists(server, connection, head);
+  const repeatable = message.isFresh !== undefined && head.method === "GET" && head.minor === 1 &&
+    server.settings.log !== "wire";
+  if (repeatable && persistent) known.message = message;
+  server.log.access(connection.remote, head, message);
+  return compose(server, message, head, persistent);
+}
+
+/** Whether the connection goes on after this response (RFC 9112 §9.3); if not, it is told so. */
+function persists(server: HttpServer, connection: Connection, head: RequestHead): boolean {
+  const able = !server.draining && !connection.closing && connection.canFollow(server.settings.maxBody);
+  if (!able || !head.persistent) connection.close(!able);
+  return able && head.persistent;
+}
+
+/** Writes a response that was waited for. */
+async function send(server: HttpServer, connection: Connection, message: Message): Promise<void> {
+  const { content } = message, known = connection.current!;
+  if (content instanceof Uint8Array) await connection.write(finish(server, connection, known, { ...message, content }));
+  else await writeStream(server, connection, { ...message, content }, known.head);
+  await connection.skipContent(server.settings.maxBody);
+}
+
+/** Turns what was thrown into a response, if one can still be sent. */
+async function sendError(server: HttpServer, connection: Connection, error: unknown): Promise<void> {
+  if (error instanceof Disconnected || connection.midway) {
+    if (connection.midway) server.log.line(`answer broken off: ${messageOf(error)}`);
+    return connection[Symbol.dispose]();
+  }
+  if (error instanceof FramingError) connection.close();
+  const known = connection.current ?? { head: undefined };
+  const message = await describeError(server, connection, known.head, error);
+  const persistent = known.head !== undefined && persists(server, connection, known.head);
+  server.log.access(connection.remote, known.head, message);
+  await connection.write(compose(server, message as WholeMessage, known.head, persistent));
+  await connection.skipContent(server.settings.maxBody);
+}
+
+/** A small page that says what went wrong, or what `onError` makes of it. */
+async function describeError(
+  server: HttpServer,
+  connection: Connection,
+  head: RequestHead | undefined,
+  error: unknown,
+): Promise<Message> {
+  const expected = error instanceof HttpError;
+  if (!expected || error.cause !== undefined) {
+    server.log.line(`error: ${head?.line ?? "no request"}: ${messageOf(expected ? error.cause : error)}`);
+  }
+  if (!expected && head !== undefined) {
+    const content = await server.options.onError?.(error);
+    if (content) return await representContent(server, new IncomingRequest(server, connection, head), content);
+  }
+  const { status, message, fields } = expected ? error : new HttpError(500, "The server could not make this page");
+  const charset = server.settings.charset ?? "utf-8", title = `${status} ${REASONS[status] ?? "Error"}`;
+  const page =
+    `<!DOCTYPE html>\n<html lang="en"><meta name="viewport" content="width=device-width"><title>${title}</title>
+<h1>${title}</h1>\n<p>${escapeMarkup(escapeControls(message))}.</p>\n`;
+  const content = encodeText(page, charset, "html").bytes;
+  return {
+    status,
+    fields: [["Content-Type", contentType("text/html", charset, undefined)], ...fields],
+    content,
+    charset,
+  };
+}
+
+function messageOf(error: unknown): string {
+  return error instanceof Error ? `${error.name}: ${error.message}` : String(error);
+}
+
+/** Most text of the log that waits for a slow reader, in characters; what comes then is counted and dropped. */
+const LOG_LIMIT = 4 * 1024 * 1024;
+/** For how long lines are gathered, in milliseconds. */
+const LOG_INTERVAL = 50;
+
+/** Gathers lines and writes them together, whole lines at a time, beside the answers and not before them. */
+class Log {
+  readonly #form: Settings["log"];
+  readonly #write: (lines: string) => void | Promise<unknown>;
+  #lines = "";
+  #dropped = 0;
+  #timer: ReturnType<typeof setTimeout> | undefined;
+  #writing: Promise<unknown> | undefined;
+  #second = 0;
+  #date = "";
+
+  constructor(form: Settings["log"], write?: (lines: string) => void) {
+    this.#form = form;
+    this.#write = write ?? writeStandardError;
+  }
+
+  /** A line of the Common Log Format, and the charset; how many characters were lost, if any were. */
+  access(
+    remote: string,
+    head: RequestHead | undefined,
+    { status, content, charset, lost }: Message,
+    sent = content.length,
+  ): void {
+    if (this.#form === "none") return;
+    const bytes = head?.method === "HEAD" || !sent ? "-" : sent, loss = lost ? ` lost=${lost}` : "";
+    this.#add(
+      `${remote} - - [${this.#stamp()}] "${head?.line ?? "-"}" ${status} ${bytes} "${charset ?? "-"}"${loss}\n`,
+    );
+  }
+
+  /** A head as it crossed the wire: `<` came in, `>` went out. */
+  wire(head: string, direction: "<" | ">"): void {
+    if (this.#form !== "wire") return;
+    this.#add(head.split("\r\n").slice(0, -1).map((line) => `${direction} ${escapeControls(line)}\n`).join(""));
+  }
+
+  /** Something that whoever runs the server should know. */
+  line(text: string): void {
+    this.#add(`charserve: ${escapeControls(text)}\n`);
+  }
+
+  #add(lines: string): void {
+    if (this.#lines.length > LOG_LIMIT) return void this.#dropped++;
+    this.#lines += lines;
+    this.#timer ??= setTimeout(() => this.#flush(), LOG_INTERVAL);
+  }
+
+  #stamp(): string {
+    const now = Date.now(), second = Math.trunc(now / 1000);
+    if (second !== this.#second) {
+      const [, day, month, year, time] = formatDate(now).split(" ");
+      [this.#second, this.#date] = [second, `${day}/${month}/${year}:${time} +0000`];
+    }
+    return this.#date;
+  }
+
+  async #flush(): Promise<void> {
+    const dropped = this.#dropped > 0 ? `charserve: ${this.#dropped} log entries were dropped\n` : "";
+    const lines = this.#lines + dropped;
+    [this.#lines, this.#dropped] = ["", 0];
+    try {
+      await (this.#writing = Promise.resolve(this.#write(lines)));
+    } catch {
+      // A log that nobody takes must not end the server.
+    }
+    this.#timer = this.#lines === "" ? undefined : setTimeout(() => this.#flush(), LOG_INTERVAL);
+  }
+
+  /** Writes what is left. */
+  async close(): Promise<void> {
+    await this.#writing?.catch(() => {});
+    clearTimeout(this.#timer);
+    if (this.#lines !== "") await this.#flush();
+    clearTimeout(this.#timer);
+  }
+}
+
+async function writeStandardError(lines: string): Promise<void> {
+  const bytes = UTF8_ENCODER.encode(lines);
+  for (let sent = 0; sent < bytes.length;) sent += await Deno.stderr.write(bytes.subarray(sent));
+}
+
+// ── Command line ────────────────────────────────────────────────────────────────────────────────
+// A caller of `serve` like any other: it reads options, starts, prints the address, and stops on a signal.
+
+const SYNOPSIS = "deno run --allow-net [--allow-read] server.ts [OPTIONS] [ROOT]";
+
+/** `--help`, from the table of options. */
+function helpText(): string {
+  const rows = Object.values<Option<unknown>>(OPTIONS).map(({ usage, help, initial }) => {
+    const shown = initial === undefined || initial === "false" ? "" : ` (${initial})`;
+    return `  ${(usage.startsWith("-") && usage[1] !== "-" ? usage : "    " + usage).padEnd(32)}${help}${shown}`;
+  });
+  return `${SYNOPSIS}\n\nServes ROOT, a folder or a file, in any charset; without it, the charset lab.\n\n${
+    rows.join("\n")
+  }\n`;
+}
+
+/** `--name` of an option: its key in the table, with hyphens. */
+function flagName(key: string): string {
+  return key.replace(/[A-Z]/g, (letter) => "-" + letter.toLowerCase());
+}
+
+/** Reads the arguments by the table. Throws `UsageError`. */
+async function parseArguments(args: readonly string[]): Promise<Settings & { readonly root: string | undefined }> {
+  // No arguments, nothing to parse: a bare run loads no package.
+  if (args.length === 0) return { ...DEFAULTS, root: undefined };
+  const { parseArgs } = await import("@std/cli/parse-args");
+  const table = Object.entries<Option<unknown>>(OPTIONS).map(([key, row]) => ({ key, name: flagName(key), ...row }));
+  const valued = table.filter(({ usage }) => usage.includes("<")).map(({ name }) => name);
+  const parsed = parseArgs(attachValues(args, valued), {
+    string: [...valued, "_"],
+    boolean: table.filter(({ usage }) => !usage.includes("<")).map(({ name }) => name),
+    alias: Object.fromEntries(
+      table.filter(({ usage }) => usage[1] !== "-").map(({ name, usage }) => [usage[1]!, name]),
+    ),
+    collect: valued,
+    unknown: (argument: string, key?: string) => {
+      if (key === undefined) return true;
+      throw new UsageError(
+        `unknown option ${argument.replace(/=.*/s, "")}${
+          didYouMean(
+            flagged(key),
+            table.map(({ name }) => flagged(name)),
+          )
+        }`,
+      );
+    },
+  });
+  const given = parsed as unknown as Record<string, readonly string[] | boolean>;
+  const settings = table.map(({ key, name, read, many }) => {
+    const value = given[name]!;
+    if (typeof value === "boolean") return [key, value];
+    if (value.length > 1 && !many) throw new UsageError(`--${name} is given twice`);
+    const values = value.map((text) => readValue(name, text, read));
+    return [key, many ? values : values[0]];
+  });
+  const [root, more] = parsed._.map(String);
+  if (more !== undefined) throw new UsageError(`expected one ROOT, not also "${more}"`);
+  const chosen = Object.fromEntries(settings.filter(([, value]) => value !== undefined));
+  return { ...DEFAULTS, ...chosen, root } as Settings & { root: string | undefined };
+}
+
+const flagged = (name: string) => name.length === 1 ? `-${name}` : `--${name}`;
+
+/** Writes `--name value` as `--name=value`, so that a value may begin with a hyphen. */
+function attachValues(args: readonly string[], valued: readonly string[]): string[] {
+  const attached: string[] = [];
+  for (let i = 0; i < args.length; i++) {
+    const arg = args[i]!;
+    if (arg === "--") return [...attached, ...args.slice(i)];
+    const takesNext = arg.startsWith("--") && valued.includes(arg.slice(2)) && i + 1 < args.length;
+    attached.push(takesNext ? `${arg}=${args[++i]}` : arg);
+  }
+  return attached;
+}
+
+function readValue(name: string, text: string, read: (text: string) => unknown): unknown {
+  if (text === "") throw new UsageError(`--${name} needs a value`);
+  try {
+    return read(text);
+  } catch (error) {
+    throw new UsageError(`--${name} ${text}: ${(error as Error).message}`);
+  }
+}
+
+/** Addresses that a person can open. */
+function urlsOf(addr: Deno.Addr, secure: boolean): string[] {
+  if (addr.transport !== "tcp") return [`unix:${(addr as Deno.UnixAddr).path}`];
+  const scheme = secure ? "https" : "http";
+  const isAny = addr.hostname === "0.0.0.0" || addr.hostname === "::";
+  const hosts = isAny
+    ? ["localhost", ...ownAddresses()]
+    : [addr.hostname === "127.0.0.1" ? "localhost" : addr.hostname];
+  return hosts.map((host) => `${scheme}://${host.includes(":") ? `[${host}]` : host}:${addr.port}/`);
+}
+
+/** This machine's addresses, if the permissions let us know them. */
+function ownAddresses(): string[] {
+  if (Deno.permissions.querySync({ name: "sys", kind: "networkInterfaces" }).state !== "granted") return [];
+  return Deno.networkInterfaces().filter(({ address }) => !/^(?:127\.|::1$|fe80)/.test(address)).map(({ address }) =>
+    address
+  );
+}
+
+/** What went wrong at start, in one line that says what to do. */
+function explainFailure(error: unknown, settings: Settings | undefined): string {
+  const { message } = error as Error;
+  const place = settings?.unix ?? `${settings?.host}:${settings?.port}`;
+  if (error instanceof Deno.errors.AddrInUse) return `${place} is in use: choose another with --port, or 0 for any`;
+  if (error instanceof Deno.errors.AddrNotAvailable) {
+    return `${settings?.host} is no address of this machine: choose one with --host`;
+  }
+  if (error instanceof Deno.errors.NotCapable) return message.replace(/, run again with the/, ": run deno with");
+  if (error instanceof Deno.errors.PermissionDenied) {
+    return `not allowed to use ${place}: ports below 1024 need rights (${message})`;
+  }
+  return message;
+}
+
+async function main(args: readonly string[]): Promise<void> {
+  let settings: Awaited<ReturnType<typeof parseArguments>> | undefined;
+  try {
+    settings = await parseArguments(args);
+    if (settings.help) return console.log(helpText());
+    if (settings.version) return console.log(`charserve ${VERSION} (Deno ${Deno.version.deno})`);
+    const body = settings.body === "-" ? await new Response(Deno.stdin.readable).text() : settings.body;
+    const routes = settings.root === undefined && body === undefined ? LAB_ROUTES : [];
+    const server = serve({
+      ...settings,
+      body,
+      routes,
+      cert: settings.cert && await Deno.readTextFile(settings.cert),
+      key: settings.key && await Deno.readTextFile(settings.key),
+      onListen: (addr) => console.log(urlsOf(addr, settings!.cert !== undefined).join("\n")),
+    });
+    stopOnSignal(server);
+    await server.finished;
+  } catch (error) {
+    console.error(`charserve: ${explainFailure(error, settings)}`);
+    Deno.exit(error instanceof UsageError ? 2 : 1);
+  }
+}
+
+/** SIGINT and SIGTERM let answers under way finish; a second one does not wait. */
+function stopOnSignal(server: Server): void {
+  for (const signal of Deno.build.os === "windows" ? ["SIGINT", "SIGBREAK"] as const : ["SIGINT", "SIGTERM"] as const) {
+    let asked = false;
+    const stop = () => {
+      if (asked) Deno.exit(signal === "SIGINT" ? 130 : 143);
+      asked = true;
+      void server.shutdown().then(() => Deno.exit(0));
+    };
+    Deno.addSignalListener(signal, stop);
+  }
+}
+
+if (import.meta.main) await main(Deno.args);
