@@ -51,7 +51,7 @@
  */
 
 import { Buffer } from "node:buffer";
-import { join, relative, sep } from "node:path";
+import { isAbsolute, join, relative, sep } from "node:path";
 
 // ── Options ─────────────────────────────────────────────────────────────────────────────────────
 // Each option is one row. The row gives its name, how it is read, its default and its line of help;
@@ -413,6 +413,14 @@ function escapeControls(text: string): string {
     if (character === '"' || character === "\\") return "\\" + character;
     return code < 256 ? `\\x${code.toString(16).padStart(2, "0")}` : `\\u${code.toString(16)}`;
   });
+}
+
+/** The same for text that is still bytes: everything but printable ASCII. */
+function escapeWire(text: string): string {
+  return text.replace(
+    /[^\x20-\x7e]|[\\"]/g,
+    (byte) => byte < "\x20" || byte > "~" ? `\\x${byte.charCodeAt(0).toString(16).padStart(2, "0")}` : "\\" + byte,
+  );
 }
 
 /** Bytes as text, one character a byte: how heads are read and written (RFC 9112 §2.2). */
@@ -900,7 +908,7 @@ function interpret(text: string, lineLength: number, marks: readonly number[], s
   const connection = parseList(fieldValue(fields, "connection")?.toLowerCase() ?? "");
   return {
     text,
-    line: escapeControls(line),
+    line: escapeWire(line),
     size,
     method,
     target,
@@ -1854,9 +1862,13 @@ function latin1ToUri(text: string): string {
 async function statInside(root: Root, path: string): Promise<Deno.FileInfo | undefined> {
   const real = await orNothing(Deno.realPath(path));
   if (real === undefined) return undefined;
+  return isInside(root, real) ? await statFile(real) : undefined;
+}
+
+/** Whether a path without links is ROOT or below it. */
+function isInside(root: Root, real: string): boolean {
   const way = relative(root.path, real);
-  if (way === ".." || way.startsWith(`..${sep}`) || /^[A-Za-z]:|^\\\\/.test(way)) return undefined;
-  return await statFile(real);
+  return way !== ".." && !way.startsWith(`..${sep}`) && !isAbsolute(way);
 }
 
 function statFile(path: string): Promise<Deno.FileInfo | undefined> {
@@ -2040,7 +2052,12 @@ function representText(
   const { bytes, lost } = encodeText(text, charset, unmappableFor(answer.unmappable ?? settings.unmappable, type));
   fields.push(["Content-Type", contentType(type, charset, answer.declare ?? settings.declare)]);
   const long = bytes.length >= COMPRESSION_LEAST;
-  const vary = [negotiable && answer.charset === undefined && "Accept-Charset", long && "Accept-Encoding"].filter(
+  const varies = fields.findIndex(([name]) => name.toLowerCase() === "vary");
+  const vary = [
+    varies >= 0 && fields.splice(varies, 1)[0]![1],
+    negotiable && answer.charset === undefined && "Accept-Charset",
+    long && "Accept-Encoding",
+  ].filter(
     Boolean,
   );
   if (vary.length > 0) fields.push(["Vary", vary.join(", ")]);
@@ -2062,7 +2079,7 @@ function representText(
 }
 
 /** A web-standard response: what it says of itself is kept, its length found if it is short. */
-async function representResponse(response: Response): Promise<Message> {
+function representResponse(response: Response): Message {
   const fields: Field[] = [...response.headers].filter(([name]) =>
     !/^(?:content-length|transfer-encoding|connection|date)$/.test(name)
   );
@@ -2071,15 +2088,202 @@ async function representResponse(response: Response): Promise<Message> {
   return { status, fields, content: { length: undefined, read: () => body } };
 }
 
+/** For every page of our own: it runs no script and loads nothing, whatever its text turns out to be (CSP 3). */
+const PAGE_POLICY =
+  "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'";
+
+const PAGE_STYLE = `
+:root { color-scheme: light dark; --ink: light-dark(#1c1b1a, #ece9e4); --soft: light-dark(#5f5a54, #a9a39b); --paper: light-dark(#fdfcfa, #181716);
+  --panel: light-dark(#f4f1ec, #22201e); --line: light-dark(#d9d3ca, #3b3834); --accent: light-dark(#9a3412, #fdba74); --wrong: light-dark(#fde68a, #713f12) }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 62rem; padding: 1.5rem clamp(1rem, 4vw, 2.5rem) 4rem; color: var(--ink); background: var(--paper); font: 1rem/1.6 system-ui, sans-serif }
+h1 { font: 600 clamp(1.6rem, 5vw, 2.4rem)/1.15 Georgia, "Noto Serif", serif; margin: .5rem 0 }
+h2 { font: 600 1.25rem/1.3 Georgia, "Noto Serif", serif; margin: 2.5rem 0 .5rem }
+p { max-width: 44rem; margin: .5rem 0 } small, .soft, dt { color: var(--soft) } a { color: var(--accent) }
+code, pre, .bytes { font-family: ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace; font-size: .875rem }
+.card { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); padding: 1.25rem; background: var(--panel); border: 1px solid var(--line); border-radius: .5rem }
+.card .wide { grid-column: 1 / -1 } label { display: grid; gap: .25rem; font-weight: 600 } .search { display: flex; flex-wrap: wrap; align-items: end; gap: .75rem }
+textarea, select, input, button { font: inherit; color: inherit; width: 100%; padding: .5rem .75rem; background: var(--paper); border: 1px solid var(--soft); border-radius: .25rem }
+textarea { min-height: 5rem; resize: vertical } button { justify-self: start; width: auto; padding-inline: 1.5rem; color: var(--paper); background: var(--accent); border-color: var(--accent); font-weight: 600; cursor: pointer }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
+.scroll { overflow-x: auto } table { border-collapse: collapse; width: 100% } caption { text-align: start; color: var(--soft); padding-bottom: .5rem }
+th, td { text-align: start; vertical-align: top; padding: .4rem 1rem .4rem 0; border-bottom: 1px solid var(--line) } th { font-weight: 600; white-space: nowrap } .number { text-align: end; white-space: nowrap; font-variant-numeric: tabular-nums } td time { white-space: nowrap } td.text { overflow-wrap: anywhere; min-width: 14rem }
+.char { font-size: 1.35rem; line-height: 1.2 } mark { color: inherit; background: var(--wrong); border-radius: .2em; padding: 0 .1em } .notice { padding: .75rem 1.25rem; background: var(--wrong); border-radius: .5rem }
+.greetings { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .75rem 1.5rem; margin: 1rem 0 } .greetings dd { margin: 0 }
+nav { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem } footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line); color: var(--soft) }
+@media print { form, nav { display: none } body { max-width: none; padding: 0 } h2 { break-after: avoid } tr { break-inside: avoid } }
+`;
+
+/** A whole page. */
+function pageHtml(title: string, body: string): string {
+  return `<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>${escapeMarkup(title)}</title>
+<style>${PAGE_STYLE}</style>
+</head>
+<body>
+${body}
+</body>
+</html>
+`;
+}
+
 /** Most entries that one page of a listing shows. */
 const LISTING_PAGE = 1000;
+/** Entries that are looked at before others get their turn. */
+const LISTING_SLICE = 500;
 
+interface Entry {
+  readonly name: string;
+  readonly isFolder: boolean;
+  /** In bytes; 0 for a folder. */
+  readonly size: number;
+  /** Last modification, in milliseconds. */
+  readonly time: number;
+}
+
+/** What a listing is asked for: which names, in which order, which page. */
+interface ListingQuery {
+  readonly search: string;
+  readonly sort: "name" | "size" | "time";
+  readonly descending: boolean;
+  readonly page: number;
+}
+
+/** A folder as a page, or as JSON for those who prefer it (RFC 9110 §12.5.1). */
 async function listFolder(
-  _server: HttpServer,
-  _incoming: IncomingRequest,
-  _folder: Resource & { kind: "folder" },
+  server: HttpServer,
+  incoming: IncomingRequest,
+  { path, segments }: Resource & { kind: "folder" },
 ): Promise<Answer> {
-  return await Promise.resolve({ body: "" });
+  const { query } = incoming, sort = query.get("sort"), search = query.get("q") ?? "";
+  const asked: ListingQuery = {
+    search,
+    sort: sort === "size" || sort === "time" ? sort : "name",
+    descending: query.has("desc"),
+    page: numberParameter(query, "page", 1, 1_000_000) ?? 1,
+  };
+  const names = await listNames(server, path, search);
+  const shown = await describeEntries(server, path, names, asked);
+  const headers = { Vary: "Accept", "Cache-Control": "no-cache", "Content-Security-Policy": PAGE_POLICY };
+  const accepted = parseAccept(incoming.header("accept") ?? "");
+  if ((accepted.get("application/json") ?? 0) > (accepted.get("text/html") ?? 0)) {
+    const list = shown.map(({ name, isFolder, size, time }) =>
+      isFolder
+        ? { name, type: "folder", modified: new Date(time) }
+        : { name, type: "file", size, modified: new Date(time) }
+    );
+    return { type: "application/json", headers, body: JSON.stringify(list, null, 1) + "\n" };
+  }
+  return { type: "text/html", headers, body: listingHtml(segments, shown, names.length, asked, query.get("charset")) };
+}
+
+/** Names in a folder that contain what is searched for, sorted; links that lead elsewhere are told apart later. */
+async function listNames(server: HttpServer, path: string, search: string): Promise<string[]> {
+  const names: string[] = [], wanted = search.normalize().toLowerCase();
+  for await (const { name } of Deno.readDir(path)) {
+    if (!server.settings.dotfiles && name.startsWith(".")) continue;
+    if (wanted === "" || name.normalize().toLowerCase().includes(wanted)) names.push(name);
+  }
+  return names.sort();
+}
+
+/** The entries of one page. Only an order by size or time needs to look at all of them. */
+async function describeEntries(
+  server: HttpServer,
+  path: string,
+  names: string[],
+  asked: ListingQuery,
+): Promise<Entry[]> {
+  const { sort, descending, page } = asked, first = (page - 1) * LISTING_PAGE;
+  const onPage = <T>(list: T[]) => (descending ? list.reverse() : list).slice(first, first + LISTING_PAGE);
+  const looked = sort === "name" ? onPage(names) : names, entries: Entry[] = [];
+  for (const [i, name] of looked.entries()) {
+    if (i % LISTING_SLICE === LISTING_SLICE - 1) await new Promise((resolve) => setTimeout(resolve));
+    const entry = describeEntry(server.root!, path, name);
+    if (entry !== undefined) entries.push(entry);
+  }
+  if (sort === "name") return entries;
+  return onPage(entries.sort((a, b) => a[sort] - b[sort]));
+}
+
+/** A file or folder of a listing; undefined for what is neither, is gone, or lies outside ROOT. */
+function describeEntry(root: Root, path: string, name: string): Entry | undefined {
+  try {
+    const place = join(path, name);
+    if (Deno.lstatSync(place).isSymlink && !isInside(root, Deno.realPathSync(place))) return undefined;
+    const { isFile, isDirectory, size, mtime } = Deno.statSync(place);
+    if (!isFile && !isDirectory) return undefined;
+    return { name, isFolder: isDirectory, size: isDirectory ? 0 : size, time: mtime?.getTime() ?? 0 };
+  } catch {
+    return undefined;
+  }
+}
+
+function listingHtml(
+  segments: readonly string[],
+  entries: readonly Entry[],
+  count: number,
+  { search, sort, descending, page }: ListingQuery,
+  charset: string | null,
+): string {
+  const kept: Record<string, string> = charset === null ? {} : { charset };
+  const queryOf = (more: Record<string, string>) => escapeMarkup(new URLSearchParams({ ...kept, ...more }).toString());
+  const here = { ...(search && { q: search, _charset_: "utf-8" }) };
+  const order: Record<string, string> = { ...here, ...(sort !== "name" && { sort }), ...(descending && { desc: "" }) };
+  const column = (title: string, key: ListingQuery["sort"]) => {
+    const current = sort === key, turned = current && !descending;
+    const direction = current ? ` aria-sort="${descending ? "descending" : "ascending"}"` : "";
+    return `<th scope="col"${direction}><a href="?${
+      queryOf({ ...here, sort: key, ...(turned && { desc: "" }) })
+    }">${title}</a>`;
+  };
+  const suffix = charset === null ? "" : `?${queryOf({})}`;
+  const crumbs = ["/", ...segments].map((name, i) => {
+    const up = segments.length - i;
+    return up === 0 ? escapeMarkup(name) : `<a href="${"../".repeat(up)}${suffix}">${escapeMarkup(name)}</a>`;
+  });
+  const rows = entries.map(({ name, isFolder, size, time }) => {
+    const slash = isFolder ? "/" : "", date = new Date(time).toISOString();
+    return `<tr><td class="text"><a href="${encodeURIComponent(name)}${slash}${suffix}" dir="auto">${
+      escapeMarkup(name)
+    }${slash}</a></td><td class="number">${
+      isFolder ? "" : `<span title="${size} bytes">${formatSize(size)}</span>`
+    }</td><td><time datetime="${date}">${date.slice(0, 16).replace("T", " ")}</time></td></tr>`;
+  });
+  const link = (number: number, text: string) =>
+    `<a href="?${queryOf({ ...order, page: String(number) })}">${text}</a>`;
+  const pages = [
+    page > 1 && link(page - 1, "Previous page"),
+    page * LISTING_PAGE < count && link(page + 1, "Next page"),
+  ];
+  const title = "/" + segments.map((name) => name + "/").join("");
+  return pageHtml(
+    title,
+    `<header><nav aria-label="Folders"><h1>${crumbs.join(" ")}</h1></nav></header>
+<main><form class="search" role="search"><input type="hidden" name="_charset_">${
+      Object.entries(kept).map(([name, value]) => `<input type="hidden" name="${name}" value="${escapeMarkup(value)}">`)
+        .join("")
+    }<label>Search <input type="search" name="q" value="${escapeMarkup(search)}"></label><button>Search</button></form>
+<p class="soft">${count} ${count === 1 ? "entry" : "entries"}${
+      search && ` with “${escapeMarkup(search)}” in the name`
+    }</p>
+<div class="scroll"><table><thead><tr>${column("Name", "name")}${column("Size", "size")}${
+      column("Modified (UTC)", "time")
+    }</thead>
+<tbody>${rows.join("\n")}</tbody></table></div>
+<nav aria-label="Pages">${pages.filter(Boolean).join(" ")}</nav></main>`,
+  );
+}
+
+/** A size for people: three digits or so. */
+function formatSize(size: number): string {
+  const power = Math.min(4, Math.floor(Math.log2(Math.max(1, size)) / 10));
+  return power === 0
+    ? `${size} B`
+    : `${(size / 1024 ** power).toPrecision(3)} ${["B", "KiB", "MiB", "GiB", "TiB"][power]}`;
 }
 
 /** Which representation of a file answers a request (RFC 9110 §12.1, "proactive negotiation"). */
@@ -2252,9 +2456,10 @@ async function openFile(path: string): Promise<Deno.FsFile> {
 /** Reads until the buffer is full or the file ends. Returns how many bytes were read. */
 async function readFully(file: Deno.FsFile, buffer: Uint8Array): Promise<number> {
   let length = 0;
-  for (let count: number | null; length < buffer.length; length += count) {
-    count = await file.read(buffer.subarray(length));
+  while (length < buffer.length) {
+    const count = await file.read(buffer.subarray(length));
     if (count === null) break;
+    length += count;
   }
   return length;
 }
@@ -2276,13 +2481,13 @@ async function readWhole({ path, size, identity }: FileFound): Promise<Uint8Arra
 function streamFile(source: FileFound): Stream {
   return {
     length: source.size,
-    async *read(start = 0, end = source.size) {
+    async *read(start = 0, end = Infinity) {
       using file = await openFile(source.path);
       if (identityOf(await file.stat()) !== source.identity) {
         throw new FileChanged(`${source.path} changed while it was sent`);
       }
       if (start > 0) await file.seek(start, Deno.SeekMode.Start);
-      for (let left = end - start; left > 0;) {
+      for (let left = Math.min(end, source.size) - start; left > 0;) {
         const piece = new Uint8Array(Math.min(left, PIECE_SIZE));
         const length = await readFully(file, piece);
         if (length < piece.length) throw new FileChanged(`${source.path} shrank while it was sent`);
@@ -2545,9 +2750,6 @@ const LAB_ROUTES: readonly Route[] = [
   [/^\/charsets$/, describeCharsets],
 ];
 
-const LAB_POLICY =
-  "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'";
-
 const GREETINGS: readonly (readonly [language: string, code: string, greeting: string])[] = [
   ["English", "en", "Hello, world"],
   ["简体中文", "zh-Hans", "你好，世界"],
@@ -2597,7 +2799,7 @@ function labPage(incoming: Incoming): Answer {
     type: "text/html",
     charset,
     ...(declare && { declare }),
-    headers: { "Content-Security-Policy": LAB_POLICY, "Cache-Control": "no-store" },
+    headers: { "Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-store" },
     body: (head) => labHtml({ text, charset, declare, requestHead: incoming.headText, responseHead: head }),
   };
 }
@@ -2611,70 +2813,40 @@ interface Experiment {
   readonly responseHead: string;
 }
 
-const LAB_STYLE = `
-:root { color-scheme: light dark; --ink: light-dark(#1c1b1a, #ece9e4); --soft: light-dark(#5f5a54, #a9a39b); --paper: light-dark(#fdfcfa, #181716);
-  --panel: light-dark(#f4f1ec, #22201e); --line: light-dark(#d9d3ca, #3b3834); --accent: light-dark(#9a3412, #fdba74); --wrong: light-dark(#fde68a, #713f12) }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 62rem; padding: 1.5rem clamp(1rem, 4vw, 2.5rem) 4rem; color: var(--ink); background: var(--paper); font: 1rem/1.6 system-ui, sans-serif }
-h1 { font: 600 clamp(1.6rem, 5vw, 2.4rem)/1.15 Georgia, "Noto Serif", serif; margin: .5rem 0 }
-h2 { font: 600 1.25rem/1.3 Georgia, "Noto Serif", serif; margin: 2.5rem 0 .5rem }
-p { max-width: 44rem; margin: .5rem 0 } small, .soft, dt { color: var(--soft) } a { color: var(--accent) }
-code, pre, .bytes { font-family: ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace; font-size: .875rem }
-form { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); padding: 1.25rem; background: var(--panel); border: 1px solid var(--line); border-radius: .5rem }
-form .wide { grid-column: 1 / -1 } label { display: grid; gap: .25rem; font-weight: 600 }
-textarea, select, button { font: inherit; color: inherit; width: 100%; padding: .5rem .75rem; background: var(--paper); border: 1px solid var(--soft); border-radius: .25rem }
-textarea { min-height: 5rem; resize: vertical } button { justify-self: start; width: auto; padding-inline: 1.5rem; color: var(--paper); background: var(--accent); border-color: var(--accent); font-weight: 600; cursor: pointer }
-:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
-.scroll { overflow-x: auto } table { border-collapse: collapse; width: 100% } caption { text-align: start; color: var(--soft); padding-bottom: .5rem }
-th, td { text-align: start; vertical-align: top; padding: .4rem 1rem .4rem 0; border-bottom: 1px solid var(--line) } th { font-weight: 600; white-space: nowrap } td.text { overflow-wrap: anywhere; min-width: 14rem }
-.char { font-size: 1.35rem; line-height: 1.2 } mark { color: inherit; background: var(--wrong); border-radius: .2em; padding: 0 .1em } .notice { padding: .75rem 1.25rem; background: var(--wrong); border-radius: .5rem }
-.greetings { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .75rem 1.5rem; margin: 1rem 0 } .greetings dd { margin: 0 }
-nav { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem } footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line); color: var(--soft) }
-@media print { form, nav { display: none } body { max-width: none; padding: 0 } h2 { break-after: avoid } tr { break-inside: avoid } }
-`;
-
 function labHtml(experiment: Experiment): string {
   const { text, charset, declare } = experiment;
   const falsely = declare !== undefined && declare !== "none" &&
     !(LABELS.includes(declare) && encodingOf(declare) === charset);
-  return `<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>charserve: ${escapeMarkup(charset)}</title>
-<style>${LAB_STYLE}</style>
-</head>
-<body>
-<header>
+  return pageHtml(
+    `charserve: ${charset}`,
+    `<header>
 <h1>The charset lab</h1>
 <p>This page was sent in <strong>${charset}</strong>${
-    falsely ? ` and declared as <strong>${escapeMarkup(declare)}</strong>` : ""
-  }. Text is bytes, and a name for the rule that reads them; when the name is wrong, the text is garbled.</p>
+      falsely ? ` and declared as <strong>${escapeMarkup(declare)}</strong>` : ""
+    }. Text is bytes, and a name for the rule that reads them; when the name is wrong, the text is garbled.</p>
 ${
-    declare === undefined
-      ? ""
-      : `<p class="notice"><a href="?${labQuery({ text, charset })}">Declare the true charset again</a></p>`
-  }
+      declare === undefined
+        ? ""
+        : `<p class="notice"><a href="?${labQuery({ text, charset })}">Declare the true charset again</a></p>`
+    }
 </header>
 <main>
 ${labForm(experiment)}
 <section aria-labelledby="greetings"><h2 id="greetings">Greetings</h2>
 <p>What ${charset} lacks was sent as a character reference: you can read it, but it costs up to eight times the bytes.</p>
 <dl class="greetings">${
-    GREETINGS.map(([language, code, greeting]) =>
-      `<div><dt>${language}</dt><dd lang="${code}" dir="auto">${greeting}</dd></div>`
-    ).join("\n")
-  }</dl></section>
+      GREETINGS.map(([language, code, greeting]) =>
+        `<div><dt>${language}</dt><dd lang="${code}" dir="auto">${greeting}</dd></div>`
+      ).join("\n")
+    }</dl></section>
 ${labCharacters(text, charset)}
 ${labReadings(text, charset)}
 ${labWire(experiment)}
 </main>
 <footer><p>For programs: <a href="text?${
-    labQuery({ text, charset })
-  }">this text alone</a>, <a href="charsets">all charsets as JSON</a>.</p></footer>
-</body>
-</html>
-`;
+      labQuery({ text, charset })
+    }">this text alone</a>, <a href="charsets">all charsets as JSON</a>.</p></footer>`,
+  );
 }
 
 /** A query of the page, in the form that is read whatever the charset. */
@@ -2685,7 +2857,7 @@ function labQuery(parameters: Readonly<Record<string, string>>): string {
 function labForm({ text, charset, declare }: Experiment): string {
   const options = (chosen: string | undefined) =>
     [...ENCODINGS.keys()].map((name) => `<option${name === chosen ? " selected" : ""}>${name}</option>`).join("");
-  return `<form action="./" method="get" aria-label="Experiment">
+  return `<form class="card" action="./" aria-label="Experiment">
 <input type="hidden" name="_charset_">
 <label class="wide">Text <textarea name="text" rows="3" spellcheck="false">\n${escapeMarkup(text)}</textarea></label>
 <label>Sent in <select name="charset">${options(charset)}</select></label>
@@ -2843,7 +3015,7 @@ async function textFixture(incoming: Incoming): Promise<Answer> {
     charset,
     unmappable: mode as Unmappable,
     ...(declare && { declare }),
-    headers: { "Content-Security-Policy": "sandbox; " + LAB_POLICY },
+    headers: { "Content-Security-Policy": "sandbox; " + PAGE_POLICY },
   };
   if (pieceSize === undefined) return answer;
   const { bytes } = encodeText(mark + text, charset, unmappableFor(answer.unmappable!, answer.type!));
@@ -3317,7 +3489,7 @@ class Log {
   /** A head as it crossed the wire: `<` came in, `>` went out. */
   wire(head: string, direction: "<" | ">"): void {
     if (this.#form !== "wire") return;
-    this.#add(head.split("\r\n").slice(0, -1).map((line) => `${direction} ${escapeControls(line)}\n`).join(""));
+    this.#add(head.split("\r\n").slice(0, -1).map((line) => `${direction} ${escapeWire(line)}\n`).join(""));
   }
 
   /** Something that whoever runs the server should know. */
