@@ -1630,7 +1630,7 @@ class IncomingRequest implements Incoming {
   }
 
   get remote(): string {
-    return this.#connection.remote;
+    return clientOf(this.#server, this.#connection, this.head);
   }
 
   get charset(): string {
@@ -2735,7 +2735,7 @@ async function writeStream(
   }
   await connection.write(before);
   connection.midway = false;
-  server.log.access(connection.remote, head, message, sent);
+  server.log.access(clientOf(server, connection, head), head, message, sent);
 }
 
 const CRLF = latin1Bytes("\r\n"), LAST_CHUNK = latin1Bytes("0\r\n\r\n");
@@ -3328,7 +3328,7 @@ function respond(server: HttpServer, connection: Connection, known: KnownHead): 
   const { head, message: last } = known, now = Date.now();
   if (last !== undefined && !server.draining) {
     if (last.isFresh!(now)) {
-      server.log.access(connection.remote, head, last);
+      server.log.access(clientOf(server, connection, head), head, last);
       return readyBytes(server, last, head, now);
     }
     known.message = undefined;
@@ -3384,8 +3384,17 @@ function finish(server: HttpServer, connection: Connection, known: KnownHead, me
   const repeatable = message.isFresh !== undefined && head.method === "GET" && head.minor === 1 &&
     server.settings.log !== "wire";
   if (repeatable && persistent) known.message = message;
-  server.log.access(connection.remote, head, message);
+  server.log.access(clientOf(server, connection, head), head, message);
   return compose(server, message, head, persistent);
+}
+
+/** The client's address; with `--trust-proxy`, the one that the proxy before us gives (RFC 7239 §5.2). */
+function clientOf(server: HttpServer, connection: Connection, head: RequestHead | undefined): string {
+  if (!server.settings.trustProxy || head === undefined) return connection.remote;
+  const forwarded = fieldValue(head, "forwarded")?.match(/.*\bfor="?\[?([^\s;,"\]]+)/i)?.[1];
+  // Only the last address was written by the proxy that we trust; those before it came from the client.
+  const client = forwarded ?? parseList(fieldValue(head, "x-forwarded-for") ?? "").at(-1);
+  return client !== undefined && /^[0-9A-Za-z.:_%-]{1,64}$/.test(client) ? client : connection.remote;
 }
 
 /** Whether the connection goes on after this response (RFC 9112 §9.3); if not, it is told so. */
@@ -3413,7 +3422,7 @@ async function sendError(server: HttpServer, connection: Connection, error: unkn
   const known = connection.current ?? { head: undefined };
   const message = await describeError(server, connection, known.head, error);
   const persistent = known.head !== undefined && persists(server, connection, known.head);
-  server.log.access(connection.remote, known.head, message);
+  server.log.access(clientOf(server, connection, known.head), known.head, message);
   await connection.write(compose(server, message as WholeMessage, known.head, persistent));
   await connection.skipContent(server.settings.maxBody);
 }
@@ -3451,6 +3460,75 @@ function messageOf(error: unknown): string {
   return error instanceof Error ? `${error.name}: ${error.message}` : String(error);
 }
 
+/** How long to wait before a worker that died is replaced, in milliseconds. */
+const RESTART_DELAY = 200;
+
+/** What a worker tells the main thread. */
+type WorkerReport =
+  | { readonly kind: "listening"; readonly addr: Deno.NetAddr }
+  | { readonly kind: "failed"; readonly reason: string }
+  | { readonly kind: "log"; readonly lines: string }
+  | { readonly kind: "stopped" };
+
+/** A server of several threads that share one port: the system spreads connections over them. */
+async function startWorkers(options: ServeOptions, count: number): Promise<Server> {
+  const log = new Log("none"), workers = new Set<Worker>(), stopped = Promise.withResolvers<void>();
+  let draining = false;
+  const ended = (worker: Worker) => {
+    worker.terminate();
+    workers.delete(worker);
+    if (draining && workers.size === 0) stopped.resolve();
+  };
+  const start = (port: number) =>
+    new Promise<Deno.NetAddr>((resolve, reject) => {
+      const worker = new Worker(import.meta.url, { type: "module", name: "charserve" });
+      workers.add(worker);
+      worker.onmessage = ({ data }: MessageEvent<WorkerReport>) => {
+        if (data.kind === "log") log.append(data.lines);
+        else if (data.kind === "listening") resolve(data.addr);
+        else if (data.kind === "failed") reject(new Error(data.reason));
+        else ended(worker);
+      };
+      worker.onerror = (event) => {
+        event.preventDefault();
+        ended(worker);
+        log.line(`a worker died: ${event.message}`);
+        if (!draining) setTimeout(() => start(port).catch((error) => log.line(messageOf(error))), RESTART_DELAY);
+      };
+      worker.postMessage({ ...options, port });
+    });
+  // The first one finds the port, if any will do.
+  const addr = await start(options.port ?? DEFAULTS.port);
+  await Promise.all(Array.from({ length: count - 1 }, () => start(addr.port)));
+  const finished = stopped.promise.then(() => log.close());
+  const shutdown = () => {
+    draining = true;
+    for (const worker of workers) worker.postMessage("stop");
+    return finished;
+  };
+  return { addr, finished, shutdown, [Symbol.asyncDispose]: shutdown };
+}
+
+/** The other side: a thread that serves until it is told to stop. */
+async function runWorker(): Promise<void> {
+  const main = globalThis as unknown as Worker;
+  const report = (message: WorkerReport) => main.postMessage(message);
+  const { promise, resolve } = Promise.withResolvers<ServeOptions>();
+  const stop = Promise.withResolvers<void>();
+  main.onmessage = ({ data }) => data === "stop" ? stop.resolve() : resolve(data);
+  const options = await promise;
+  try {
+    const onLog = (lines: string) => report({ kind: "log", lines });
+    const server = serve({ ...options, routes: routesFor(options), reusePort: true, onLog });
+    report({ kind: "listening", addr: server.addr as Deno.NetAddr });
+    await stop.promise;
+    await server.shutdown();
+    report({ kind: "stopped" });
+  } catch (error) {
+    report({ kind: "failed", reason: explainFailure(error, options) });
+  }
+}
+
 /** Most text of the log that waits for a slow reader, in characters; what comes then is counted and dropped. */
 const LOG_LIMIT = 4 * 1024 * 1024;
 /** For how long lines are gathered, in milliseconds. */
@@ -3481,7 +3559,7 @@ class Log {
   ): void {
     if (this.#form === "none") return;
     const bytes = head?.method === "HEAD" || !sent ? "-" : sent, loss = lost ? ` lost=${lost}` : "";
-    this.#add(
+    this.append(
       `${remote} - - [${this.#stamp()}] "${head?.line ?? "-"}" ${status} ${bytes} "${charset ?? "-"}"${loss}\n`,
     );
   }
@@ -3489,15 +3567,16 @@ class Log {
   /** A head as it crossed the wire: `<` came in, `>` went out. */
   wire(head: string, direction: "<" | ">"): void {
     if (this.#form !== "wire") return;
-    this.#add(head.split("\r\n").slice(0, -1).map((line) => `${direction} ${escapeWire(line)}\n`).join(""));
+    this.append(head.split("\r\n").slice(0, -1).map((line) => `${direction} ${escapeWire(line)}\n`).join(""));
   }
 
   /** Something that whoever runs the server should know. */
   line(text: string): void {
-    this.#add(`charserve: ${escapeControls(text)}\n`);
+    this.append(`charserve: ${escapeControls(text)}\n`);
   }
 
-  #add(lines: string): void {
+  /** Whole lines, to be written with others. */
+  append(lines: string): void {
     if (this.#lines.length > LOG_LIMIT) return void this.#dropped++;
     this.#lines += lines;
     this.#timer ??= setTimeout(() => this.#flush(), LOG_INTERVAL);
@@ -3642,7 +3721,7 @@ function ownAddresses(): string[] {
 }
 
 /** What went wrong at start, in one line that says what to do. */
-function explainFailure(error: unknown, settings: Settings | undefined): string {
+function explainFailure(error: unknown, settings: ServeOptions | undefined): string {
   const { message } = error as Error;
   const place = settings?.unix ?? `${settings?.host}:${settings?.port}`;
   if (error instanceof Deno.errors.AddrInUse) return `${place} is in use: choose another with --port, or 0 for any`;
@@ -3662,16 +3741,8 @@ async function main(args: readonly string[]): Promise<void> {
     settings = await parseArguments(args);
     if (settings.help) return console.log(helpText());
     if (settings.version) return console.log(`charserve ${VERSION} (Deno ${Deno.version.deno})`);
-    const body = settings.body === "-" ? await new Response(Deno.stdin.readable).text() : settings.body;
-    const routes = settings.root === undefined && body === undefined ? LAB_ROUTES : [];
-    const server = serve({
-      ...settings,
-      body,
-      routes,
-      cert: settings.cert && await Deno.readTextFile(settings.cert),
-      key: settings.key && await Deno.readTextFile(settings.key),
-      onListen: (addr) => console.log(urlsOf(addr, settings!.cert !== undefined).join("\n")),
-    });
+    const server = await start(settings);
+    console.log(urlsOf(server.addr, settings.cert !== undefined).join("\n"));
     stopOnSignal(server);
     await server.finished;
   } catch (error) {
@@ -3680,17 +3751,61 @@ async function main(args: readonly string[]): Promise<void> {
   }
 }
 
-/** SIGINT and SIGTERM let answers under way finish; a second one does not wait. */
-function stopOnSignal(server: Server): void {
-  for (const signal of Deno.build.os === "windows" ? ["SIGINT", "SIGBREAK"] as const : ["SIGINT", "SIGTERM"] as const) {
-    let asked = false;
-    const stop = () => {
-      if (asked) Deno.exit(signal === "SIGINT" ? 130 : 143);
-      asked = true;
-      void server.shutdown().then(() => Deno.exit(0));
-    };
-    Deno.addSignalListener(signal, stop);
+/** Starts what the command line asks for. */
+async function start(settings: Awaited<ReturnType<typeof parseArguments>>): Promise<Server> {
+  const { cert, key, unix, workers } = settings;
+  if ((cert === undefined) !== (key === undefined)) throw new UsageError("--cert and --key go together");
+  const options: ServeOptions = {
+    ...settings,
+    body: settings.body === "-" ? await new Response(Deno.stdin.readable).text() : settings.body,
+    cert: cert && await Deno.readTextFile(cert),
+    key: key && await Deno.readTextFile(key),
+  };
+  if (unix !== undefined) await removeStaleSocket(unix);
+  if (workers === 1) return serve({ ...options, routes: routesFor(options) });
+  if (unix !== undefined) throw new UsageError("--workers share a port, not a Unix socket");
+  checkWorkersAllowed();
+  return await startWorkers(options, workers);
+}
+
+/** Without anything to serve, the lab is served. */
+function routesFor({ root, body }: ServeOptions): readonly Route[] {
+  return root === undefined && body === undefined ? LAB_ROUTES : [];
+}
+
+/** A socket file that a killed server left behind is removed; one that somebody listens on is not. */
+async function removeStaleSocket(path: string): Promise<void> {
+  const info = await orNothing(Deno.lstat(path));
+  if (!info?.isSocket) return;
+  try {
+    (await Deno.connect({ transport: "unix", path })).close();
+  } catch (error) {
+    if (error instanceof Deno.errors.ConnectionRefused) await Deno.remove(path);
   }
 }
 
-if (import.meta.main) await main(Deno.args);
+/** Sharing a port is unstable in Deno, and a thread reads this module again. */
+function checkWorkersAllowed(): void {
+  // Deno ends the process when an unstable API is used without its flag: better to ask first.
+  if (!("listenDatagram" in Deno)) throw new Error("--workers needs deno run --unstable-net");
+  const { protocol } = new URL(import.meta.url);
+  const path = new URL(import.meta.url);
+  if (protocol === "file:" && Deno.permissions.querySync({ name: "read", path }).state !== "granted") {
+    throw new Error("--workers needs deno run --allow-read, since each thread loads server.ts");
+  }
+}
+
+/** SIGINT and SIGTERM let answers under way finish; a second one does not wait. */
+function stopOnSignal(server: Server): void {
+  let asked = false;
+  for (const signal of Deno.build.os === "windows" ? ["SIGINT", "SIGBREAK"] as const : ["SIGINT", "SIGTERM"] as const) {
+    Deno.addSignalListener(signal, () => {
+      if (asked) Deno.exit(signal === "SIGTERM" ? 143 : 130);
+      asked = true;
+      void server.shutdown().then(() => Deno.exit(0));
+    });
+  }
+}
+
+// A thread of `--workers` is this same module, started as a worker.
+if (import.meta.main) await ("WorkerGlobalScope" in globalThis ? runWorker() : main(Deno.args));

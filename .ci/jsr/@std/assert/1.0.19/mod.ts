@@ -188,9 +188,7 @@ function checkError(
   }
   if (msgIncludes && !error.message.includes(msgIncludes)) {
     throw new AssertionError(
-      `Expected error message to include ${show(msgIncludes)}, but got ${show(error.message)}${
-        suffix(msg)
-      }`,
+      `Expected error message to include ${show(msgIncludes)}, but got ${show(error.message)}${suffix(msg)}`,
       { cause: error },
     );
   }
@@ -225,9 +223,7 @@ function equal(a: unknown, b: unknown, seen: Map<object, object> = new Map()): b
   if (a instanceof Set || a instanceof Map) return equalCollections(a, b as typeof a, seen);
   if (Object.keys(a).length !== Object.keys(b).length) return false;
   const keys = new Set([...deepKeys(a), ...deepKeys(b)]);
-  return [...keys].every((key) =>
-    key in a && key in b && equal((a as Properties)[key], (b as Properties)[key], seen)
-  );
+  return [...keys].every((key) => key in a && key in b && equal((a as Properties)[key], (b as Properties)[key], seen));
 }
 
 /** The prototype; an object without one counts as a plain one. */
@@ -252,9 +248,7 @@ function equalCollections(
 ): boolean {
   const rest = [...b.entries()];
   return a.size === b.size && [...a.entries()].every((entry) => {
-    const found = rest.findIndex((other) =>
-      equal(entry[0], other[0], seen) && equal(entry[1], other[1], seen)
-    );
+    const found = rest.findIndex((other) => equal(entry[0], other[0], seen) && equal(entry[1], other[1], seen));
     if (found >= 0) rest.splice(found, 1);
     return found >= 0;
   });
@@ -272,6 +266,7 @@ function deepKeys(value: object): PropertyKey[] {
 }
 
 function show(value: unknown): string {
+  if (value instanceof Error) return `${value.name}: ${JSON.stringify(value.message)}`;
   return Deno.inspect(value, {
     compact: true,
     depth: 10,
@@ -286,6 +281,9 @@ const CONTEXT_LINES = 3;
 /** The lines of both values: `-` before those only in the actual, `+` before those only in the expected. */
 function difference(actual: unknown, expected: unknown): string {
   const changes = diff(lines(actual), lines(expected));
+  if (changes.every((line) => line.startsWith(" "))) {
+    return ["", "    Both read as", "", ...changes.map((line) => `    ${line}`), ""].join("\n");
+  }
   const isNear = (at: number) =>
     changes.slice(Math.max(0, at - CONTEXT_LINES), at + CONTEXT_LINES + 1)
       .some((line) => !line.startsWith(" "));
@@ -344,9 +342,7 @@ function diffMiddle(a: readonly string[], b: readonly string[]): string[] {
   const at = (i: number, j: number) => common[i * width + j] ?? 0;
   for (let i = a.length - 1; i >= 0; i--) {
     for (let j = b.length - 1; j >= 0; j--) {
-      common[i * width + j] = a[i] === b[j]
-        ? at(i + 1, j + 1) + 1
-        : Math.max(at(i + 1, j), at(i, j + 1));
+      common[i * width + j] = a[i] === b[j] ? at(i + 1, j + 1) + 1 : Math.max(at(i + 1, j), at(i, j + 1));
     }
   }
   const out: string[] = [];

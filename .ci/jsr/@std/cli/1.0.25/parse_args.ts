@@ -43,9 +43,9 @@ type AliasesOf<Key, Alias> = Key extends keyof Alias ? string extends Alias[Key]
   : never;
 
 /** Without a word on types, the result is as loose as the real one's. */
-type Typed<Flags, Texts, Lists, Fields> =
-  Extract<Flags, string | true> | Extract<Texts | Lists, string> extends never ? Loose
-    : Record<string, unknown> & Fields;
+type Typed<Flags, Texts, Lists, Fields> = Extract<Flags, string | true> | Extract<Texts | Lists, string> extends never
+  ? Loose
+  : Record<string, unknown> & Fields;
 
 // deno-lint-ignore no-explicit-any
 type Loose = Record<string, any>;
