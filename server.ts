@@ -3642,7 +3642,9 @@ function flagName(key: string): string {
 async function parseArguments(args: readonly string[]): Promise<Settings & { readonly root: string | undefined }> {
   // No arguments, nothing to parse: a bare run loads no package.
   if (args.length === 0) return { ...DEFAULTS, root: undefined };
-  const { parseArgs } = await import("@std/cli/parse-args");
+  // With its prefix, so that this file also works alone, without deno.json.
+  // deno-lint-ignore no-import-prefix
+  const { parseArgs } = await import("jsr:@std/cli@^1/parse-args");
   const table = Object.entries<Option<unknown>>(OPTIONS).map(([key, row]) => ({ key, name: flagName(key), ...row }));
   const valued = table.filter(({ usage }) => usage.includes("<")).map(({ name }) => name);
   const parsed = parseArgs(attachValues(args, valued), {
@@ -3728,6 +3730,7 @@ function explainFailure(error: unknown, settings: ServeOptions | undefined): str
   if (error instanceof Deno.errors.AddrNotAvailable) {
     return `${settings?.host} is no address of this machine: choose one with --host`;
   }
+  if (error instanceof Deno.errors.NotFound) return message.replace(/^(.*) \(os error \d+\): \w+ '(.*)'$/s, "$2: $1");
   if (error instanceof Deno.errors.NotCapable) return message.replace(/, run again with the/, ": run deno with");
   if (error instanceof Deno.errors.PermissionDenied) {
     return `not allowed to use ${place}: ports below 1024 need rights (${message})`;
