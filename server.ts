@@ -1695,15 +1695,18 @@ async function* lazily<T>(make: () => Promise<T>): AsyncGenerator<T> {
 /** First that applies: `?charset=`, Accept-Charset (RFC 9110 §12.5.2), the server's; undefined if none. */
 function selectCharset(head: RequestHead, configured: string | undefined): string | undefined {
   const asked = head.query === undefined ? undefined : /(?:^|&)charset=([^&]+)/.exec(head.query)?.[1];
-  if (asked !== undefined) {
-    try {
-      return encodingOf(latin1(percentDecode(asked.replaceAll("+", " "))));
-    } catch (error) {
-      throw new HttpError(400, (error as Error).message);
-    }
-  }
+  if (asked !== undefined) return readLabel(latin1(percentDecode(asked.replaceAll("+", " "))));
   const accepted = fieldValue(head, "accept-charset");
   return (accepted === undefined ? undefined : acceptedCharset(accepted, configured ?? "utf-8")) ?? configured;
+}
+
+/** Name of the encoding that a request names; throws 400. */
+function readLabel(label: string): string {
+  try {
+    return encodingOf(label);
+  } catch (error) {
+    throw new HttpError(400, (error as Error).message);
+  }
 }
 
 /** The charset of the highest quality; the preferred one, if no other is liked better; undefined if none will do. */
@@ -2021,7 +2024,7 @@ function representContent(server: HttpServer, incoming: IncomingRequest, content
   const fields: Field[] = Object.entries(headers).filter(([, value]) => value !== named);
   if (typeof body === "string") return representText(server, incoming, answer, type, body, fields);
   const charset = answer.charset && encodingOf(answer.charset);
-  fields.push(["Content-Type", named ?? contentType(type, charset, answer.declare)]);
+  fields.push(["Content-Type", named ?? contentType(type, charset, answer.declare ?? server.settings.declare)]);
   if (body instanceof Uint8Array) return { status, fields, content: body, charset };
   if (typeof body !== "function") return { status, fields, content: { length: undefined, read: () => body }, charset };
   const mode = unmappableFor(answer.unmappable ?? server.settings.unmappable, type);
@@ -2103,10 +2106,10 @@ p { max-width: 44rem; margin: .5rem 0 } small, .soft, dt { color: var(--soft) } 
 code, pre, .bytes { font-family: ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace; font-size: .875rem }
 .card { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); padding: 1.25rem; background: var(--panel); border: 1px solid var(--line); border-radius: .5rem }
 .card .wide { grid-column: 1 / -1 } label { display: grid; gap: .25rem; font-weight: 600 } .search { display: flex; flex-wrap: wrap; align-items: end; gap: .75rem }
-textarea, select, input, button { font: inherit; color: inherit; width: 100%; padding: .5rem .75rem; background: var(--paper); border: 1px solid var(--soft); border-radius: .25rem }
+textarea, select, input, button { font: inherit; font-weight: 400; color: inherit; width: 100%; padding: .5rem .75rem; background: var(--paper); border: 1px solid var(--soft); border-radius: .25rem }
 textarea { min-height: 5rem; resize: vertical } button { justify-self: start; width: auto; padding-inline: 1.5rem; color: var(--paper); background: var(--accent); border-color: var(--accent); font-weight: 600; cursor: pointer }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
-.scroll { overflow-x: auto } table { border-collapse: collapse; width: 100% } caption { text-align: start; color: var(--soft); padding-bottom: .5rem }
+details { margin: .5rem 0 } summary { cursor: pointer; padding: .25rem 0 } .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100% } caption { text-align: start; color: var(--soft); padding-bottom: .5rem }
 th, td { text-align: start; vertical-align: top; padding: .4rem 1rem .4rem 0; border-bottom: 1px solid var(--line) } th { font-weight: 600; white-space: nowrap } .number { text-align: end; white-space: nowrap; font-variant-numeric: tabular-nums } td time { white-space: nowrap } td.text { overflow-wrap: anywhere; min-width: 14rem }
 .char { font-size: 1.35rem; line-height: 1.2 } mark { color: inherit; background: var(--wrong); border-radius: .2em; padding: 0 .1em } .notice { padding: .75rem 1.25rem; background: var(--wrong); border-radius: .5rem }
 .greetings { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .75rem 1.5rem; margin: 1rem 0 } .greetings dd { margin: 0 }
@@ -2792,8 +2795,7 @@ const SHOWN_CHARACTERS = 48;
 
 /** `GET /`: the page. It shows the head of its own response, so its text is made when that is known. */
 function labPage(incoming: Incoming): Answer {
-  const { query, charset } = incoming, declare = query.get("declare") || undefined;
-  if (declare !== undefined && !TOKEN.test(declare)) throw new HttpError(400, `"${declare}" cannot be declared`);
+  const { query, charset } = incoming, declare = readParameter(query, "declare", label);
   const text = query.get("text") ?? sampleOf(charset).split(" / ")[1] ?? "Hello";
   return {
     type: "text/html",
@@ -2836,7 +2838,7 @@ ${labForm(experiment)}
 <p>What ${charset} lacks was sent as a character reference: you can read it, but it costs up to eight times the bytes.</p>
 <dl class="greetings">${
       GREETINGS.map(([language, code, greeting]) =>
-        `<div><dt>${language}</dt><dd lang="${code}" dir="auto">${greeting}</dd></div>`
+        `<div><dt>${language}</dt><dd lang="${code}"><bdi>${greeting}</bdi></dd></div>`
       ).join("\n")
     }</dl></section>
 ${labCharacters(text, charset)}
@@ -2878,13 +2880,14 @@ function labCharacters(text: string, charset: string): string {
     const codePoint = character.codePointAt(0)!, { bytes, lost } = encodeText(character, charset, "html");
     const name = "U+" + codePoint.toString(16).toUpperCase().padStart(4, "0");
     const sent = lost === 0 ? hex(bytes) : `<mark>not in ${charset}</mark>, sent as ${escapeMarkup(latin1(bytes))}`;
-    return `<tr><td class="char" dir="auto">${visible(character)}</td><td><code>${name}</code></td><td>${
+    return `<tr><td class="char"><bdi>${visible(character)}</bdi></td><td><code>${name}</code></td><td>${
       scriptOf(character)
     }</td><td class="bytes">${sent}</td></tr>`;
   });
-  return `<section aria-labelledby="characters"><h2 id="characters">Characters and bytes</h2><div class="scroll" tabindex="0" role="group" aria-labelledby="characters"><table>
-<thead><tr><th scope="col">Character<th scope="col">Code point<th scope="col">Script<th scope="col">Bytes in ${charset}</thead>
-<tbody>${rows.join("\n")}</tbody></table></div></section>`;
+  const head =
+    `<thead><tr><th scope="col">Character<th scope="col">Code point<th scope="col">Script<th scope="col">Bytes in ${charset}</thead>`;
+  return `<section aria-labelledby="characters"><h2 id="characters">Characters and bytes</h2>
+${scrollable("characters", `${head}<tbody>${rows.join("\n")}</tbody>`)}</section>`;
 }
 
 /** A character as markup that shows it: pictures for the controls. */
@@ -2923,18 +2926,31 @@ function scriptOf(character: string): string {
 /** How the bytes of a text read in every other charset. */
 function labReadings(text: string, charset: string): string {
   const shown = shownCharacters(text).join(""), bytes = encode(shown, charset);
-  const readers = [...USUAL_SUSPECTS, ...[...ENCODINGS.keys()].filter((name) => !USUAL_SUSPECTS.includes(name))];
-  const rows = readers.filter((name) => name !== charset).map((name) => {
-    const reading = escapeMarkup(decodeText(bytes, name)).replace(/\uFFFD/g, "<mark>&#xFFFD;</mark>");
-    return `<tr><th scope="row"><a href="?${
-      labQuery({ text, charset, declare: name })
-    }">${name}</a></th><td class="text" dir="auto">${controlPictures(reading)}</td></tr>`;
-  });
+  const others = [...ENCODINGS.keys()].filter((name) => !USUAL_SUSPECTS.includes(name));
+  const table = (names: readonly string[]) => {
+    const rows = names.filter((name) => name !== charset).map((name) => {
+      const reading = controlPictures(
+        escapeMarkup(decodeText(bytes, name)).replaceAll("\uFFFD", "<mark>&#xFFFD;</mark>"),
+      );
+      const link = `<a href="?${labQuery({ text, charset, declare: name })}">${name}</a>`;
+      return `<tr><th scope="row">${link}</th><td class="text"><bdi>${reading}</bdi></td></tr>`;
+    });
+    return scrollable(
+      "readings",
+      `<thead><tr><th scope="col">Read as<th scope="col">Text</thead><tbody>${rows.join("\n")}</tbody>`,
+    );
+  };
   return `<section aria-labelledby="readings"><h2 id="readings">How it reads elsewhere</h2>
 <p class="bytes">${hex(bytes)}</p>
 <p>These are the bytes just sent. Whoever takes them for another charset reads this; follow a name, and your own browser does.</p>
-<div class="scroll" tabindex="0" role="group" aria-labelledby="readings"><table><thead><tr><th scope="col">Read as<th scope="col">Text</thead>
-<tbody>${rows.join("\n")}</tbody></table></div></section>`;
+${table(USUAL_SUSPECTS)}<details><summary>In the ${others.length} other charsets</summary>${
+    table(others)
+  }</details></section>`;
+}
+
+/** A table that a narrow window can scroll, with the keyboard too; `label` is the id of what names it. */
+function scrollable(label: string, table: string): string {
+  return `<div class="scroll" tabindex="0" role="group" aria-labelledby="${label}"><table>${table}</table></div>`;
 }
 
 /** Control characters of a reading as pictures, so that none acts. */
@@ -2979,52 +2995,79 @@ const LINE_NOTES: readonly (readonly [line: RegExp, note: string])[] = [
 ];
 
 function labWire({ requestHead, responseHead }: Experiment): string {
-  const table = (title: string, head: string) => {
+  const table = (id: string, title: string, head: string) => {
     const rows = head.split("\r\n").slice(0, -1).map((line) => {
       const note = LINE_NOTES.find(([pattern]) => pattern.test(line))?.[1] ?? "";
       return `<tr><td class="text"><code>${
-        escapeMarkup(escapeControls(line))
+        escapeMarkup(escapeWire(line))
       }</code></td><td><small>${note}</small></td></tr>`;
     });
-    return `<div class="scroll" tabindex="0" role="group" aria-label="${title}"><table><caption>${title}</caption><tbody>${
-      rows.join("\n")
-    }</tbody></table></div>`;
+    return scrollable(id, `<caption id="${id}">${title}</caption><tbody>${rows.join("\n")}</tbody>`);
   };
   return `<section aria-labelledby="wire"><h2 id="wire">On the wire</h2>
 <p>What your browser sent to get this page, and what stood before it in the answer. <code>--log wire</code> shows the same in the terminal.</p>
-${table("The request, as it came", requestHead)}
-${table("The response, as it went", responseHead)}</section>`;
+${table("request-head", "The request, as it came", requestHead)}
+${table("response-head", "The response, as it went", responseHead)}</section>`;
 }
 
-/** `GET /text`, `POST /text`: the text alone, so encoded and so labelled. */
+/** `GET /text`, `POST /text`: the text alone, so encoded and so labelled, in as many places as asked. */
 async function textFixture(incoming: Incoming): Promise<Answer> {
-  const { query } = incoming, get = (name: string) => query.get(name) || undefined;
+  const { query, charset } = incoming, get = (name: string) => query.get(name) || undefined;
   const text = incoming.method === "POST" ? await incoming.text() : get("text") ?? "";
-  const type = get("type") ?? "plain", charset = incoming.charset;
-  const mark = query.has("bom") && !/^(?:0|no|false)$/.test(query.get("bom")!) ? "\uFEFF" : "";
-  const pieceSize = numberParameter(query, "chunk", 1, 65536);
-  const declare = get("declare");
-  if (declare !== undefined && !TOKEN.test(declare)) throw new HttpError(400, `"${declare}" cannot be declared`);
-  const mode = get("unmappable") ?? "auto";
-  if (!/^(?:auto|html|replacement|fatal)$/.test(mode)) {
-    throw new HttpError(400, "unmappable is auto, html, replacement or fatal");
-  }
-  const answer: Answer = {
-    type: TEXT_SHORTHANDS[type] ?? type,
-    body: mark + text,
+  const type = TEXT_SHORTHANDS[get("type") ?? "plain"] ?? get("type")!;
+  const pieceSize = numberParameter(query, "chunk", 1, 65536), delay = numberParameter(query, "delay", 0, 10_000);
+  const mode = readParameter(query, "unmappable", oneOf("auto", "html", "replacement", "fatal")) ?? "auto";
+  const declare = readParameter(query, "declare", label), meta = readParameter(query, "meta", label);
+  const mark = query.has("bom") ? byteOrderMark(get("bom") ?? "1", charset) : NO_BYTES;
+  const { bytes } = encodeText(declarationOf(type, meta) + text, charset, unmappableFor(mode, type));
+  const body = concat([mark, bytes]);
+  if (delay) await new Promise((resolve) => setTimeout(resolve, delay));
+  return {
+    status: numberParameter(query, "status", 200, 599) ?? 200,
+    type,
     charset,
-    unmappable: mode as Unmappable,
+    body: pieceSize === undefined ? body : inPieces(body, pieceSize),
     ...(declare && { declare }),
-    headers: { "Content-Security-Policy": "sandbox; " + PAGE_POLICY },
+    headers: { "Content-Security-Policy": "sandbox; " + PAGE_POLICY, Vary: "Accept-Charset" },
   };
-  if (pieceSize === undefined) return answer;
-  const { bytes } = encodeText(mark + text, charset, unmappableFor(answer.unmappable!, answer.type!));
-  return { ...answer, body: inPieces(bytes, pieceSize) };
 }
 
 /** Bytes in pieces of one size: each becomes a chunk (RFC 9112 §7.1), whatever characters it cuts. */
 async function* inPieces(bytes: Uint8Array, size: number): AsyncGenerator<Uint8Array> {
   for (let at = 0; at < bytes.length; at += size) yield await Promise.resolve(bytes.subarray(at, at + size));
+}
+
+/** `bom=1`: the mark of the text's own charset; `bom=utf-16le`: that of another. */
+function byteOrderMark(wanted: string, charset: string): Uint8Array {
+  const encoding = wanted === "1" ? charset : readLabel(wanted);
+  const { bytes, lost } = encodeText("\uFEFF", encoding, "replacement");
+  if (lost > 0) throw new HttpError(400, `${encoding} has no byte-order mark`);
+  return bytes;
+}
+
+/** What a document of that type writes to declare a charset within itself. */
+function declarationOf(type: string, label: string | undefined): string {
+  if (label === undefined) return "";
+  if (type === "text/html") return `<!DOCTYPE html><meta charset="${label}">`;
+  if (type === "text/css") return `@charset "${label}";\n`;
+  if (/xml$/.test(type)) return `<?xml version="1.0" encoding="${label}"?>\n`;
+  throw new HttpError(400, "meta is for type=html, xml and css");
+}
+
+/** A parameter of a query, read as an option is; undefined if absent. Throws 400. */
+function readParameter<T>(query: URLSearchParams, name: string, read: (text: string) => T): T | undefined {
+  const text = query.get(name);
+  if (text === null || text === "") return undefined;
+  try {
+    return read(text);
+  } catch (error) {
+    throw new HttpError(400, `${name}: ${(error as Error).message}`);
+  }
+}
+
+/** A whole number of a query; undefined if absent. Throws 400. */
+function numberParameter(query: URLSearchParams, name: string, least: number, most: number): number | undefined {
+  return readParameter(query, name, integer(least, most));
 }
 
 const TEXT_SHORTHANDS: Readonly<Record<string, string>> = {
@@ -3036,15 +3079,6 @@ const TEXT_SHORTHANDS: Readonly<Record<string, string>> = {
   json: "application/json",
   js: "text/javascript",
 };
-
-/** A whole number of a query; undefined if absent. Throws 400. */
-function numberParameter(query: URLSearchParams, name: string, least: number, most: number): number | undefined {
-  const text = query.get(name);
-  if (text === null || text === "") return undefined;
-  const value = /^\d{1,9}$/.test(text) ? Number(text) : NaN;
-  if (value >= least && value <= most) return value;
-  throw new HttpError(400, `${name} is a number from ${least} to ${most}`);
-}
 
 /** `GET /charsets`: all charsets, for programs. */
 function describeCharsets(): Answer {
