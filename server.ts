@@ -50,9 +50,6 @@
  * @module
  */
 
-import { Buffer } from "node:buffer";
-import { isAbsolute, join, relative, sep } from "node:path";
-
 // ── Options ─────────────────────────────────────────────────────────────────────────────────────
 // Each option is one row. The row gives its name, how it is read, its default and its line of help;
 // the command line, `serve()` and README follow from this table.
@@ -309,6 +306,8 @@ const TOKEN = /^[!#$%&'*+\-.^_`|~0-9A-Za-z]+$/;
 /** RFC 9110 §5.1 and §5.5: what may stand in one line, without the white space around the value. */
 const FIELD_LINE =
   /^(?<name>[!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*(?<value>[\x21-\x7e\x80-\xff]?|[\x21-\x7e\x80-\xff][\t\x20-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])[ \t]*$/;
+/** RFC 9110 §8.3.1, without parameters. */
+const MEDIA_TYPE = /^[!#$%&'*+\-.^_`|~0-9A-Za-z]+\/[!#$%&'*+\-.^_`|~0-9A-Za-z]+$/;
 /** RFC 3986 §3.2.2, without a port: a name, an IPv4 address, or an IPv6 address in brackets. */
 const HOST = /^(?:[0-9A-Za-z\-._~!$&'()*+,;=%]+|\[[0-9A-Fa-f:.]+\])$/;
 
@@ -423,20 +422,55 @@ function escapeWire(text: string): string {
   );
 }
 
+const UTF8_ENCODER = new TextEncoder(), UTF8_DECODER = new TextDecoder("utf-8", { ignoreBOM: true });
+
 /** Bytes as text, one character a byte: how heads are read and written (RFC 9112 §2.2). */
-function latin1(bytes: Uint8Array, start = 0, end = bytes.length): string {
-  return Buffer.prototype.latin1Slice.call(bytes, start, end);
+function latin1(bytes: Uint8Array): string {
+  // Nearly always it is ASCII, which the platform's UTF-8 decoder reads fastest; what is not would come
+  // out shorter, or with U+FFFD in it.
+  const text = UTF8_DECODER.decode(bytes);
+  if (text.length === bytes.length && !text.includes("\uFFFD")) return text;
+  let exact = "";
+  for (let at = 0; at < bytes.length; at += 4096) exact += String.fromCharCode(...bytes.subarray(at, at + 4096));
+  return exact;
 }
 
 /** The opposite of `latin1`. */
 function latin1Bytes(text: string): Uint8Array<ArrayBuffer> {
-  const bytes = new Uint8Array(text.length);
-  Buffer.prototype.latin1Write.call(bytes, text, 0, text.length);
+  const bytes = allocate(text.length);
+  writeLatin1(text, bytes);
   return bytes;
 }
 
+function writeLatin1(text: string, bytes: Uint8Array): void {
+  const { read, written } = UTF8_ENCODER.encodeInto(text, bytes);
+  if (read === text.length && written === text.length) return;
+  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+}
+
+/** Small buffers are cut from a larger one, since each of its own would cost more than what is written into it. */
+let slab = new Uint8Array(0);
+
+/** A new buffer of that length; what it contains is for the caller to write. */
+function allocate(length: number): Uint8Array<ArrayBuffer> {
+  if (length > 4096) return new Uint8Array(length);
+  if (length > slab.length) slab = new Uint8Array(65536);
+  const bytes = slab.subarray(0, length);
+  slab = slab.subarray(length);
+  return bytes;
+}
+
+/** Whether two arrays have the same bytes. */
+function equalBytes(a: Uint8Array, b: Uint8Array): boolean {
+  if (a.length !== b.length) return false;
+  for (let i = 0; i < a.length; i++) {
+    if (a[i] !== b[i]) return false;
+  }
+  return true;
+}
+
 function concat(parts: readonly Uint8Array[]): Uint8Array<ArrayBuffer> {
-  const whole = new Uint8Array(parts.reduce((sum, part) => sum + part.length, 0));
+  const whole = allocate(parts.reduce((sum, part) => sum + part.length, 0));
   let at = 0;
   for (const part of parts) whole.set(part, at), at += part.length;
   return whole;
@@ -469,7 +503,9 @@ interface Patience extends Readonly<Record<Waiting, number>> {
 /** A request head met before, and the response that will do again while it is fresh. */
 interface KnownHead {
   readonly head: RequestHead;
-  message?: Message | undefined;
+  readonly bytes: Uint8Array;
+  message?: WholeMessage | undefined;
+  route?: Resource;
 }
 
 /** The peer is gone, or was sent away: nobody is left to be told. */
@@ -494,8 +530,7 @@ class Connection implements Disposable {
   #bytes = new Uint8Array(BUFFER_SIZE);
   #start = 0;
   #end = 0;
-  /** Length of the last head: a client tends to repeat itself, also within one packet. */
-  #guess = 0;
+  #last: KnownHead | undefined;
   #ready: Uint8Array[] = [];
   #closed = false;
   /** What has not been read of the current request's content. */
@@ -505,6 +540,8 @@ class Connection implements Disposable {
   #interrupt: (reason: Error) => void = () => {};
 
   constructor(conn: Deno.Conn, patience: Patience, heads: Map<string, KnownHead>) {
+    // An answer in several writes must not wait for the client to acknowledge the first (RFC 896).
+    if ("setNoDelay" in conn) (conn as Deno.TcpConn).setNoDelay();
     this.#conn = conn;
     this.#patience = patience;
     this.#heads = heads;
@@ -512,25 +549,36 @@ class Connection implements Disposable {
   }
 
   /**
-   * Reads requests and has them answered. Answers that are ready at once (bytes) leave together, in
-   * one write for all the requests of one read. Resolves with the first that has to be waited for,
-   * or with undefined when the client has no more requests. This is the path of every request:
-   * callbacks, since an `await` loop costs a quarter more.
+   * Reads requests and has them answered, in order. Answers that are ready (bytes) leave together: one
+   * write for all the requests of one read. Resolves with the first that is not just bytes, or with
+   * undefined when the client has no more requests. This is the path of every request: callbacks,
+   * since an `await` loop costs a quarter more.
    */
-  next<T>(respond: (known: KnownHead) => Uint8Array | Promise<T>): Promise<T | undefined> {
+  next<T>(respond: (known: KnownHead) => Uint8Array | Promise<Uint8Array | T>): Promise<T | undefined> {
     return new Promise((resolve, reject) => {
       const answer = () => {
         try {
-          for (let known; (known = this.#takeHead()) !== undefined;) {
+          for (let known; !this.closing && (known = this.#takeHead()) !== undefined;) {
             const reply = respond(known);
-            if (!(reply instanceof Uint8Array)) return this.#flush(() => resolve(reply), reject);
+            if (!(reply instanceof Uint8Array)) return wait(reply);
             this.#ready.push(reply);
-            if (this.closing) return this.#flush(() => resolve(undefined), reject);
           }
-          this.#flush(read, reject);
+          this.#flush(this.closing ? () => resolve(undefined) : read, reject);
         } catch (error) {
           this.#flush(() => reject(error), reject);
         }
+      };
+      const wait = (reply: Promise<Uint8Array | T>) => {
+        reply.catch(() => {}); // It may fail while what is before it is being written.
+        this.#flush(() => {
+          this.#await("handler");
+          reply.then(answered, reject);
+        }, reject);
+      };
+      const answered = (reply: Uint8Array | T) => {
+        if (!(reply instanceof Uint8Array)) return resolve(reply);
+        this.#ready.push(reply);
+        answer();
       };
       const lost = () => reject(new Disconnected());
       const read = () => {
@@ -554,32 +602,38 @@ class Connection implements Disposable {
   #takeHead(): KnownHead | undefined {
     const available = this.#end - this.#start;
     if (available === 0) return undefined;
-    const known = (this.#guess <= available && this.#recall(this.#guess)) || this.#recall(available);
+    const known = this.#last !== undefined && this.#repeats(this.#last) ? this.#last : this.#recall(available);
     this.current = known;
     if (known !== undefined) {
       this.#start += known.head.size;
-      return known;
+      return this.#last = known;
     }
     const head = parseRequest(this.#bytes, this.#start, this.#end);
     if (head === undefined) return undefined;
-    this.#start += this.#guess = head.size;
+    const bytes = this.#bytes.slice(this.#start, this.#start += head.size);
     this.#unread = head.framing.kind === "none" ? undefined : this.#readContent(head.framing);
     this.#awaitsContinue = this.#unread !== undefined && head.minor === 1 && fieldValue(head, "expect") !== undefined;
-    return this.current = this.#remember(head);
+    return this.current = this.#remember(head, bytes);
   }
 
+  /** Whether the bytes of the last head stand there again: a client tends to repeat itself, also within one packet. */
+  #repeats({ bytes }: KnownHead): boolean {
+    const end = this.#start + bytes.length;
+    return end <= this.#end && equalBytes(this.#bytes.subarray(this.#start, end), bytes);
+  }
+
+  /** The head that another connection sent, if all that is unread is just that. */
   #recall(length: number): KnownHead | undefined {
     if (length > KNOWN_HEAD_SIZE) return undefined;
-    const known = this.#heads.get(latin1(this.#bytes, this.#start, this.#start + length));
-    if (known !== undefined) this.#guess = length;
-    return known;
+    return this.#heads.get(latin1(this.#bytes.subarray(this.#start, this.#start + length)));
   }
 
-  #remember(head: RequestHead): KnownHead {
-    const known = { head };
+  #remember(head: RequestHead, bytes: Uint8Array): KnownHead {
+    const known: KnownHead = { head, bytes };
     if (head.size <= KNOWN_HEAD_SIZE && head.size === head.text.length && head.framing.kind === "none") {
       if (this.#heads.size >= KNOWN_HEADS) this.#heads.clear();
       this.#heads.set(head.text, known);
+      this.#last = known;
     }
     return known;
   }
@@ -668,13 +722,17 @@ class Connection implements Disposable {
     return framing?.kind !== "length" || framing.length <= limit;
   }
 
-  /** Reads past what the handler left of the content. */
+  /** Reads past what the handler left of the content; whatever is wrong with it, the request has its answer. */
   async skipContent(limit: number): Promise<void> {
     let size = 0;
     if (this.#unread === undefined || this.closing) return;
-    for await (const piece of this.#unread) {
-      size += piece.length;
-      if (size > limit) return this.close();
+    try {
+      for await (const piece of this.#unread) {
+        size += piece.length;
+        if (size > limit) return this.close();
+      }
+    } catch {
+      this.close();
     }
   }
 
@@ -731,7 +789,7 @@ class Connection implements Disposable {
         throw new FramingError(400, `Cannot read chunk: a line exceeds ${CHUNK_LINE_LIMIT} bytes`);
       }
       if (length >= 0) {
-        const line = latin1(unread, 0, length);
+        const line = latin1(unread.subarray(0, length));
         if (!line.endsWith("\r")) throw new FramingError(400, "Cannot read chunk: a line ends without CR");
         this.#start += length + 1;
         return line.slice(0, -1);
@@ -855,7 +913,7 @@ function parseRequest(bytes: Uint8Array, start: number, end: number): RequestHea
     throw new FramingError(431, `Cannot parse head: it exceeds ${HEAD_LIMIT} bytes`);
   }
   if (headEnd === INCOMPLETE) return undefined;
-  return interpret(latin1(bytes, begin, headEnd), lineEnd - begin, marks, headEnd - start);
+  return interpret(latin1(bytes.subarray(begin, headEnd)), lineEnd - begin, marks, headEnd - start);
 }
 
 /** Index of the first byte, from `at` on, that is not of the class. */
@@ -915,7 +973,7 @@ function interpret(text: string, lineLength: number, marks: readonly number[], s
     minor: minor === "0" ? 0 : 1,
     ...parseTarget(method, target, parseHost(fields, minor === "0")),
     framing: parseFraming(fields, minor === "0"),
-    persistent: minor === "0" ? connection.includes("keep-alive") : !connection.includes("close"),
+    persistent: !connection.includes("close") && (minor === "1" || connection.includes("keep-alive")),
     marks,
   };
 }
@@ -1080,8 +1138,6 @@ interface Encoded {
   readonly lost: number;
 }
 
-const UTF8_ENCODER = new TextEncoder();
-
 function encodeText(text: string, encoding: string, mode: Unmappable): Encoded {
   if (encoding === "utf-8") return { bytes: UTF8_ENCODER.encode(text), lost: 0 };
   if (encoding.startsWith("utf-16")) return { bytes: encodeUtf16(text, encoding === "utf-16be"), lost: 0 };
@@ -1225,9 +1281,8 @@ function writeIso2022Jp(text: string, { units }: Repertoire, writer: Writer): vo
 
 /** Two bytes a code unit. No browser submits UTF-16; a server may send it (Encoding §14.3, §14.4). */
 function encodeUtf16(text: string, bigEndian: boolean): Uint8Array<ArrayBuffer> {
-  const bytes = new Uint8Array(text.length * 2);
-  Buffer.prototype.ucs2Write.call(bytes, text.toWellFormed(), 0, bytes.length);
-  if (bigEndian) Buffer.from(bytes.buffer).swap16();
+  const bytes = new Uint8Array(text.length * 2), view = new DataView(bytes.buffer), units = text.toWellFormed();
+  for (let i = 0; i < units.length; i++) view.setUint16(i * 2, units.charCodeAt(i), !bigEndian);
   return bytes;
 }
 
@@ -1498,7 +1553,7 @@ function findDeclaration(text: string, type: string): RegExpExecArray | undefine
 
 /** The encoding that a document declares within itself; undefined if none, or none that exists. */
 function declaredEncoding(bytes: Uint8Array, type: string): string | undefined {
-  const label = findDeclaration(latin1(bytes, 0, Math.min(bytes.length, DECLARATION_LIMIT)), type)?.groups?.label;
+  const label = findDeclaration(latin1(bytes.subarray(0, DECLARATION_LIMIT)), type)?.groups?.label;
   if (label === undefined || !LABELS.includes(label.toLowerCase())) return undefined;
   const encoding = encodingOf(label);
   // HTML §13.2.3.2: whoever can read the declaration as ASCII is not reading UTF-16.
@@ -1758,7 +1813,7 @@ const KNOWN_METHODS = ["GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE
 
 /** What a target turned out to name. */
 type Resource =
-  | { readonly kind: "route"; readonly handler: Handler }
+  | { readonly kind: "route"; readonly handler: Handler; readonly params: Readonly<Record<string, string>> }
   | { readonly kind: "file"; readonly file: FileFound }
   | { readonly kind: "folder"; readonly path: string; readonly segments: readonly string[] }
   | { readonly kind: "redirect"; readonly location: string };
@@ -1783,8 +1838,7 @@ function locate(server: HttpServer, incoming: IncomingRequest): Resource | Promi
     const match = pattern.exec(path);
     if (match === null) continue;
     if (methods.includes(method) || method === "HEAD" && methods.includes("GET")) {
-      if (match.groups !== undefined) incoming.params = match.groups;
-      return { kind: "route", handler };
+      return { kind: "route", handler, params: Object.freeze({ ...match.groups }) };
     }
     for (const each of methods) allowed.add(each);
   }
@@ -1795,11 +1849,11 @@ function locate(server: HttpServer, incoming: IncomingRequest): Resource | Promi
   if (allowed.has("GET")) allowed.add("HEAD");
   const allow: Field = ["Allow", [...allowed, "OPTIONS"].join(", ")];
   if (method === "OPTIONS" && (allowed.size > 0 || path === "*")) {
-    return { kind: "route", handler: () => ({ status: 204, headers: { Allow: allow[1] } }) };
+    return { kind: "route", handler: () => ({ status: 204, headers: { Allow: allow[1] } }), params: {} };
   }
-  if (!KNOWN_METHODS.includes(method)) throw new HttpError(501, `The method ${method} is not implemented`);
+  if (!KNOWN_METHODS.includes(method)) throw new HttpError(501, "This method is not implemented");
   if (allowed.size === 0 && method !== "CONNECT" && method !== "TRACE") throw new HttpError(404, "Nothing is here");
-  throw new HttpError(405, `The method ${method} is not allowed here`, [allow]);
+  throw new HttpError(405, "This method is not allowed here", [allow]);
 }
 
 /** ROOT: a folder, or a single file. */
@@ -1831,6 +1885,8 @@ async function findRootFile(root: Root, path: string): Promise<Resource | undefi
   return info?.isFile ? { kind: "file", file: describeFile(root.path, info) } : undefined;
 }
 
+const SEPARATOR = Deno.build.os === "windows" ? "\\" : "/";
+
 /** No file of ROOT has such a name: it climbs, is no name, or means a device on Windows. */
 const IMPOSSIBLE_NAME = Deno.build.os === "windows"
   // deno-lint-ignore no-control-regex
@@ -1841,7 +1897,7 @@ async function findBelow(server: HttpServer, root: Root, path: string, query: st
   const segments = path.split("/").filter((segment) => segment !== "");
   if (!path.startsWith("/") || segments.some((name) => IMPOSSIBLE_NAME.test(name))) return undefined;
   if (!server.settings.dotfiles && segments.some((name) => name.startsWith("."))) return undefined;
-  const target = join(root.path, ...segments), isFolder = path.endsWith("/");
+  const target = [root.path, ...segments].join(SEPARATOR), isFolder = path.endsWith("/");
   const info = await statInside(root, target);
   if (info?.isFile) return isFolder ? undefined : { kind: "file", file: describeFile(target, info) };
   if (!info?.isDirectory) return undefined;
@@ -1850,7 +1906,7 @@ async function findBelow(server: HttpServer, root: Root, path: string, query: st
     const location = segments.map((name) => "/" + encodeURIComponent(name)).join("") + "/";
     return { kind: "redirect", location: location + (query && "?" + latin1ToUri(query)) };
   }
-  const index = join(target, "index.html"), indexInfo = await statInside(root, index);
+  const index = `${target}${SEPARATOR}index.html`, indexInfo = await statInside(root, index);
   if (indexInfo?.isFile) return { kind: "file", file: describeFile(index, indexInfo) };
   if (server.settings.noListing) throw new HttpError(403, "This folder is not listed");
   return { kind: "folder", path: target, segments };
@@ -1870,8 +1926,7 @@ async function statInside(root: Root, path: string): Promise<Deno.FileInfo | und
 
 /** Whether a path without links is ROOT or below it. */
 function isInside(root: Root, real: string): boolean {
-  const way = relative(root.path, real);
-  return way !== ".." && !way.startsWith(`..${sep}`) && !isAbsolute(way);
+  return real === root.path || real.startsWith(root.path.endsWith(SEPARATOR) ? root.path : root.path + SEPARATOR);
 }
 
 function statFile(path: string): Promise<Deno.FileInfo | undefined> {
@@ -1918,9 +1973,11 @@ function identityOf({ dev, ino, mtime, ctime, size }: Deno.FileInfo): string {
 /** Files up to this size are sent from memory, and compressed; larger ones stream. In bytes. */
 const BUFFERED_LIMIT = 1024 * 1024;
 /** A large file is read in pieces of this size, in bytes. */
-const PIECE_SIZE = 128 * 1024;
+const PIECE_SIZE = 256 * 1024;
 /** Smallest content worth compressing, in bytes. */
 const COMPRESSION_LEAST = 1024;
+/** Longest text that is kept to answer equal requests with, in bytes. */
+const REPEATABLE_LIMIT = 16 * 1024;
 /** What the caches of files may hold, in bytes. */
 const CACHE_SIZE = 64 * 1024 * 1024;
 /** For how long a file is believed unchanged without another look, in milliseconds. */
@@ -1928,10 +1985,17 @@ const STAT_INTERVAL = 10;
 
 type Coding = "br" | "gzip";
 
-/** Content that is made piece by piece: `read` yields the bytes of a part; it may want to see the response's head. */
+/**
+ * Content that is made piece by piece: `read` yields the bytes of a part, each piece good until the next is
+ * asked for. It may want to see the response's head.
+ */
 interface Stream {
   /** In bytes, if it is known. */
   readonly length: number | undefined;
+  /** Its pieces may be long in coming: the head does not wait for the first. */
+  readonly isLive?: boolean;
+  /** Called when it will not be read. */
+  readonly cancel?: () => unknown;
   readonly read: (start?: number, end?: number, head?: string) => AsyncIterable<Uint8Array>;
 }
 
@@ -1989,6 +2053,7 @@ class Cache<V> {
 function represent(server: HttpServer, incoming: IncomingRequest, resource: Resource): Message | Promise<Message> {
   switch (resource.kind) {
     case "route": {
+      incoming.params = resource.params;
       const content = resource.handler(incoming);
       return content instanceof Promise
         ? content.then((content) => representContent(server, incoming, content))
@@ -2013,20 +2078,44 @@ async function representFile(server: HttpServer, incoming: IncomingRequest, file
   return resolveRange(incoming.head, chosen, await readContent(server, chosen));
 }
 
+/** Fields that are the server's own: framing is not left to handlers (RFC 9112 §6). */
+const FRAMING_FIELDS: ReadonlySet<string> = new Set([
+  "content-length",
+  "transfer-encoding",
+  "connection",
+  "keep-alive",
+  "upgrade",
+  "date",
+]);
+
+/** The fields that a handler gives, without framing and Content-Type. Throws if one would break the head apart. */
+function handlerFields(headers: Readonly<Record<string, string>>): Field[] {
+  return Object.entries(headers).map(([name, value]) => checkField(name, value))
+    .filter(([name]) => !FRAMING_FIELDS.has(name.toLowerCase()) && name.toLowerCase() !== "content-type");
+}
+
+/** A field that is one line, whatever a handler put into it (RFC 9110 §5.5: response splitting). */
+function checkField(name: string, value: string): Field {
+  if (TOKEN.test(name) && /^[\t\x20-\x7e\x80-\xff]*$/.test(value)) return [name, value];
+  throw new TypeError(`Cannot send field "${name}": "${value}"`);
+}
+
 /** What a handler returned, as a response. */
 function representContent(server: HttpServer, incoming: IncomingRequest, content: Content): Message | Promise<Message> {
+  if (typeof content === "string") return representText(server, incoming, {}, defaultType(content), content, []);
   if (content instanceof Response) return representResponse(content);
-  const plain = typeof content === "string" || content instanceof Uint8Array || content instanceof ReadableStream;
-  const answer: Answer = plain ? { body: content } : content;
-  const { status = 200, headers = {}, body = "" } = answer;
+  const isBody = content instanceof Uint8Array || content instanceof ReadableStream;
+  const answer: Answer = isBody ? { body: content } : content;
+  const { status = 200, headers = {}, body = "" } = answer, fields = handlerFields(headers);
   const named = Object.entries(headers).find(([name]) => name.toLowerCase() === "content-type")?.[1];
   const type = answer.type ?? named?.replace(/\s*;.*/s, "").toLowerCase() ?? defaultType(body);
-  const fields: Field[] = Object.entries(headers).filter(([, value]) => value !== named);
   if (typeof body === "string") return representText(server, incoming, answer, type, body, fields);
   const charset = answer.charset && encodingOf(answer.charset);
-  fields.push(["Content-Type", named ?? contentType(type, charset, answer.declare ?? server.settings.declare)]);
+  fields.push(
+    checkField("Content-Type", named ?? contentType(type, charset, answer.declare ?? server.settings.declare)),
+  );
   if (body instanceof Uint8Array) return { status, fields, content: body, charset };
-  if (typeof body !== "function") return { status, fields, content: { length: undefined, read: () => body }, charset };
+  if (typeof body !== "function") return { status, fields, content: streamOf(body), charset };
   const mode = unmappableFor(answer.unmappable ?? server.settings.unmappable, type);
   const read = async function* (_start?: number, _end?: number, head = "") {
     yield await Promise.resolve(encodeText(body(head), charset ?? incoming.charset, mode).bytes);
@@ -2050,46 +2139,75 @@ function representText(
 ): Message | Promise<Message> {
   const { settings } = server, { status = 200 } = answer;
   if (text === "" && (status === 204 || status === 304)) return { status, fields, content: NO_BYTES };
-  const negotiable = charsetRule(type) === "any";
-  const charset = !negotiable ? "utf-8" : answer.charset !== undefined ? encodingOf(answer.charset) : incoming.charset;
+  const rule = charsetRule(type), negotiable = rule === "any" && answer.charset === undefined;
+  const charset = negotiable ? incoming.charset : rule === "any" ? encodingOf(answer.charset!) : "utf-8";
   const { bytes, lost } = encodeText(text, charset, unmappableFor(answer.unmappable ?? settings.unmappable, type));
-  fields.push(["Content-Type", contentType(type, charset, answer.declare ?? settings.declare)]);
-  const long = bytes.length >= COMPRESSION_LEAST;
-  const varies = fields.findIndex(([name]) => name.toLowerCase() === "vary");
-  const vary = [
-    varies >= 0 && fields.splice(varies, 1)[0]![1],
-    negotiable && answer.charset === undefined && "Accept-Charset",
-    long && "Accept-Encoding",
-  ].filter(
-    Boolean,
-  );
-  if (vary.length > 0) fields.push(["Vary", vary.join(", ")]);
-  const message: Message = {
-    status,
-    fields,
-    content: bytes,
-    charset,
-    lost,
-    ...(answer.constant && { isFresh: () => true }),
-  };
-  const coding = long ? acceptedCodings(incoming.header("accept-encoding")).find(canCompress) : undefined;
+  fields.push(checkField("Content-Type", contentType(type, charset, answer.declare ?? settings.declare)));
+  const isCoded = fields.some(([name]) => name.toLowerCase() === "content-encoding");
+  const compressible = bytes.length >= COMPRESSION_LEAST && rule !== "none" && !isCoded;
+  if (negotiable) addVary(fields, "Accept-Charset");
+  if (compressible) addVary(fields, "Accept-Encoding");
+  const repeatable = answer.constant && bytes.length <= REPEATABLE_LIMIT;
+  const message: Message = { status, fields, content: bytes, charset, lost, ...(repeatable && { isFresh: always }) };
+  const coding = compressible ? acceptedCodings(incoming.header("accept-encoding")).find(canCompress) : undefined;
   if (coding === undefined) return message;
-  return compress(bytes, coding).then((content) => ({
-    ...message,
-    content,
-    fields: [...fields, ["Content-Encoding", coding]],
-  }));
+  return compress(bytes, coding)
+    .then((content) => ({ ...message, content, fields: [...fields, ["Content-Encoding", coding]] }));
 }
 
-/** A web-standard response: what it says of itself is kept, its length found if it is short. */
-function representResponse(response: Response): Message {
-  const fields: Field[] = [...response.headers].filter(([name]) =>
-    !/^(?:content-length|transfer-encoding|connection|date)$/.test(name)
-  );
-  const { status, body } = response;
-  if (body === null) return { status, fields, content: NO_BYTES };
-  return { status, fields, content: { length: undefined, read: () => body } };
+const always = () => true;
+
+/** Adds to the names of the fields that an answer depends on (RFC 9110 §12.5.5): one line, however many say so. */
+function addVary(fields: Field[], name: string): void {
+  const at = fields.findIndex(([other]) => other.toLowerCase() === "vary");
+  if (at < 0) fields.push(["Vary", name]);
+  else fields[at] = ["Vary", `${fields[at]![1]}, ${name}`];
 }
+
+/** A stream that a handler gave: it may be endless, and is told when nobody wants it. */
+function streamOf(body: AsyncIterable<Uint8Array>): Stream {
+  const cancel = () => body instanceof ReadableStream ? body.cancel() : body[Symbol.asyncIterator]().return?.();
+  return { length: undefined, isLive: true, read: () => body, cancel };
+}
+
+/**
+ * A web-standard response: what it says of itself is kept. A body that is there as a whole gets a
+ * Content-Length, one that is still being made is passed on as it comes.
+ */
+async function representResponse({ status, headers, body }: Response): Promise<Message> {
+  const fields: Field[] = [];
+  headers.forEach((value, name) => {
+    if (!FRAMING_FIELDS.has(name)) fields.push([name, value]);
+  });
+  if (body === null) return { status, fields, content: NO_BYTES };
+  const reader = body.getReader(), first = reader.read();
+  const start = await soon(first);
+  if (start?.done) return { status, fields, content: NO_BYTES };
+  const second = start && reader.read();
+  if (start && (await soon(second!))?.done) return { status, fields, content: start.value };
+  const read = async function* () {
+    try {
+      for (
+        let piece = await first;
+        !piece.done;
+        piece = await (piece.value === start?.value ? second! : reader.read())
+      ) {
+        yield piece.value;
+      }
+    } finally {
+      await reader.cancel();
+    }
+  };
+  return { status, fields, content: { length: undefined, isLive: true, read, cancel: () => reader.cancel() } };
+}
+
+/** What a promise resolves with if that needs no more than a few turns of the microtask queue, else undefined. */
+function soon<T>(promise: Promise<T>): Promise<T | undefined> {
+  const turns = Promise.resolve().then(noop).then(noop).then(noop);
+  return Promise.race([promise, turns]);
+}
+
+const noop = () => undefined;
 
 /** For every page of our own: it runs no script and loads nothing, whatever its text turns out to be (CSP 3). */
 const PAGE_POLICY =
@@ -2112,7 +2230,7 @@ textarea { min-height: 5rem; resize: vertical } button { justify-self: start; wi
 details { margin: .5rem 0 } summary { cursor: pointer; padding: .25rem 0 } .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100% } caption { text-align: start; color: var(--soft); padding-bottom: .5rem }
 th, td { text-align: start; vertical-align: top; padding: .4rem 1rem .4rem 0; border-bottom: 1px solid var(--line) } th { font-weight: 600; white-space: nowrap } .number { text-align: end; white-space: nowrap; font-variant-numeric: tabular-nums } td time { white-space: nowrap } td.text { overflow-wrap: anywhere; min-width: 14rem }
 .char { font-size: 1.35rem; line-height: 1.2 } mark { color: inherit; background: var(--wrong); border-radius: .2em; padding: 0 .1em } .notice { padding: .75rem 1.25rem; background: var(--wrong); border-radius: .5rem }
-.greetings { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .75rem 1.5rem; margin: 1rem 0 } .greetings dd { margin: 0 }
+.greetings { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: .75rem 1.5rem; margin: 1rem 0 } .greetings dd { margin: 0 }
 nav { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem } footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line); color: var(--soft) }
 @media print { form, nav { display: none } body { max-width: none; padding: 0 } h2 { break-after: avoid } tr { break-inside: avoid } }
 `;
@@ -2215,7 +2333,7 @@ async function describeEntries(
 /** A file or folder of a listing; undefined for what is neither, is gone, or lies outside ROOT. */
 function describeEntry(root: Root, path: string, name: string): Entry | undefined {
   try {
-    const place = join(path, name);
+    const place = path + SEPARATOR + name;
     if (Deno.lstatSync(place).isSymlink && !isInside(root, Deno.realPathSync(place))) return undefined;
     const { isFile, isDirectory, size, mtime } = Deno.statSync(place);
     if (!isFile && !isDirectory) return undefined;
@@ -2490,8 +2608,9 @@ function streamFile(source: FileFound): Stream {
         throw new FileChanged(`${source.path} changed while it was sent`);
       }
       if (start > 0) await file.seek(start, Deno.SeekMode.Start);
+      const buffer = new Uint8Array(PIECE_SIZE);
       for (let left = Math.min(end, source.size) - start; left > 0;) {
-        const piece = new Uint8Array(Math.min(left, PIECE_SIZE));
+        const piece = left < PIECE_SIZE ? buffer.subarray(0, left) : buffer;
         const length = await readFully(file, piece);
         if (length < piece.length) throw new FileChanged(`${source.path} shrank while it was sent`);
         left -= length;
@@ -2694,6 +2813,10 @@ function formatHead(server: HttpServer, message: Message, head: RequestHead | un
 /** A message whose content is bytes. */
 type WholeMessage = Message & { readonly content: Uint8Array };
 
+function isWhole(message: Message): message is WholeMessage {
+  return message.content instanceof Uint8Array;
+}
+
 /** Head and content in one piece, for one write. */
 function compose(
   server: HttpServer,
@@ -2704,8 +2827,8 @@ function compose(
   const text = formatHead(server, message, head, persistent);
   server.log.wire(text, ">");
   const length = head?.method === "HEAD" ? 0 : message.content.length;
-  const bytes = new Uint8Array(text.length + length);
-  Buffer.prototype.latin1Write.call(bytes, text, 0, text.length);
+  const bytes = allocate(text.length + length);
+  writeLatin1(text, bytes);
   if (length > 0) bytes.set(message.content, text.length);
   return bytes;
 }
@@ -2722,23 +2845,39 @@ async function writeStream(
   const text = formatHead(server, message, head, persists(server, connection, head));
   server.log.wire(text, ">");
   let before: Uint8Array = latin1Bytes(text), sent = 0;
-  // The head leaves with the first piece: if that cannot be had, an error page can still be sent.
-  if (head.method !== "HEAD") {
-    for await (const piece of content.read(0, Infinity, text)) {
-      if (piece.length === 0) continue;
-      if (chunked) before = concat([before, latin1Bytes(`${piece.length.toString(16)}\r\n`)]);
-      connection.midway = true;
-      await connection.write(
-        before.length + (chunked ? 2 : 0) === 0 ? piece : concat([before, piece, chunked ? CRLF : NO_BYTES]),
-      );
-      before = NO_BYTES;
-      sent += piece.length;
+  if (head.method === "HEAD") await content.cancel?.();
+  else {
+    // The head leaves with the first piece, if that is not long in coming: when it cannot be had, an error
+    // page can still be sent.
+    const pieces = content.read(0, Infinity, text)[Symbol.asyncIterator]();
+    try {
+      let next = pieces.next();
+      if (content.isLive && await soon(next) === undefined) {
+        connection.midway = true;
+        await connection.write(before);
+        before = NO_BYTES;
+      }
+      for (let piece = await next; !piece.done; piece = await (next = pieces.next())) {
+        if (piece.value.length === 0) continue;
+        connection.midway = true;
+        await connection.write(framePiece(before, piece.value, chunked));
+        before = NO_BYTES;
+        sent += piece.value.length;
+      }
+    } finally {
+      await pieces.return?.();
     }
     if (chunked) before = concat([before, LAST_CHUNK]);
   }
   await connection.write(before);
   connection.midway = false;
   server.log.access(clientOf(server, connection, head), head, message, sent);
+}
+
+/** A piece of content with what stands before it, as a chunk if it is to be one (RFC 9112 §7.1). */
+function framePiece(before: Uint8Array, piece: Uint8Array, chunked: boolean): Uint8Array {
+  if (chunked) return concat([before, latin1Bytes(`${piece.length.toString(16)}\r\n`), piece, CRLF]);
+  return before.length === 0 ? piece : concat([before, piece]);
 }
 
 const CRLF = latin1Bytes("\r\n"), LAST_CHUNK = latin1Bytes("0\r\n\r\n");
@@ -3014,7 +3153,7 @@ ${table("response-head", "The response, as it went", responseHead)}</section>`;
 async function textFixture(incoming: Incoming): Promise<Answer> {
   const { query, charset } = incoming, get = (name: string) => query.get(name) || undefined;
   const text = incoming.method === "POST" ? await incoming.text() : get("text") ?? "";
-  const type = TEXT_SHORTHANDS[get("type") ?? "plain"] ?? get("type")!;
+  const type = readParameter(query, "type", mediaType) ?? "text/plain";
   const pieceSize = numberParameter(query, "chunk", 1, 65536), delay = numberParameter(query, "delay", 0, 10_000);
   const mode = readParameter(query, "unmappable", oneOf("auto", "html", "replacement", "fatal")) ?? "auto";
   const declare = readParameter(query, "declare", label), meta = readParameter(query, "meta", label);
@@ -3070,15 +3209,21 @@ function numberParameter(query: URLSearchParams, name: string, least: number, mo
   return readParameter(query, name, integer(least, most));
 }
 
-const TEXT_SHORTHANDS: Readonly<Record<string, string>> = {
-  plain: "text/plain",
-  html: "text/html",
-  xml: "application/xml",
-  css: "text/css",
-  csv: "text/csv",
-  json: "application/json",
-  js: "text/javascript",
-};
+const TEXT_SHORTHANDS: ReadonlyMap<string, string> = new Map([
+  ["plain", "text/plain"],
+  ["html", "text/html"],
+  ["xml", "application/xml"],
+  ["css", "text/css"],
+  ["csv", "text/csv"],
+  ["json", "application/json"],
+  ["js", "text/javascript"],
+]);
+
+function mediaType(text: string): string {
+  const type = TEXT_SHORTHANDS.get(text) ?? text.toLowerCase();
+  if (MEDIA_TYPE.test(type)) return type;
+  throw new UsageError("expected a media type such as text/html, or html");
+}
 
 /** `GET /charsets`: all charsets, for programs. */
 function describeCharsets(): Answer {
@@ -3264,7 +3409,7 @@ class HttpServer implements Server {
   async #end(): Promise<void> {
     await this.#drained.promise;
     clearInterval(this.#sweeper);
-    if (this.settings.unix !== undefined) Deno.removeSync(this.settings.unix);
+    if (this.settings.unix !== undefined) await orNothing(Deno.remove(this.settings.unix));
     await this.log.close();
   }
 
@@ -3351,14 +3496,18 @@ async function serveNext(server: HttpServer, connection: Connection): Promise<vo
   try {
     const message = await connection.next((known) => respond(server, connection, known));
     if (message === undefined) connection.closing = true;
-    else await send(server, connection, message);
+    else await send(server, connection, message, connection.current!.head);
   } catch (error) {
     await sendError(server, connection, error);
   }
 }
 
 /** Answers one request: with bytes if that is possible at once, else with the promise of a message. */
-function respond(server: HttpServer, connection: Connection, known: KnownHead): Uint8Array | Promise<Message> {
+function respond(
+  server: HttpServer,
+  connection: Connection,
+  known: KnownHead,
+): Uint8Array | Promise<Uint8Array | Message> {
   const { head, message: last } = known, now = Date.now();
   if (last !== undefined && !server.draining) {
     if (last.isFresh!(now)) {
@@ -3368,56 +3517,63 @@ function respond(server: HttpServer, connection: Connection, known: KnownHead): 
     known.message = undefined;
   }
   server.log.wire(head.text, "<");
-  const message = answer(server, new IncomingRequest(server, connection, head));
-  if (message instanceof Promise || !(message.content instanceof Uint8Array) || head.framing.kind !== "none") {
-    return Promise.resolve(message);
-  }
-  return finish(server, connection, known, message as WholeMessage);
+  const incoming = new IncomingRequest(server, connection, head);
+  const resource = known.route ?? admit(server, incoming, known);
+  const message = resource instanceof Promise
+    ? resource.then((resource) => represent(server, incoming, resource))
+    : represent(server, incoming, resource);
+  return message instanceof Promise
+    ? message.then<Uint8Array | Message>((message) => finish(server, connection, known, message))
+    : finish(server, connection, known, message);
 }
 
-/** From the request to the response: the way that the top of this file draws. */
-function answer(server: HttpServer, incoming: IncomingRequest): Message | Promise<Message> {
-  const expectation = incoming.header("expect");
+/** Refuses what is not for us, and finds what it is for: a route is remembered with the head. */
+function admit(server: HttpServer, incoming: IncomingRequest, known: KnownHead): Resource | Promise<Resource> {
+  const expectation = incoming.header("expect"), { cors } = server.settings;
   if (expectation !== undefined && !EXPECTS_CONTINUE.test(expectation)) {
     throw new HttpError(417, `The expectation "${expectation.slice(0, 100)}" cannot be met`);
   }
   if (!server.answersTo(incoming.authority)) {
     throw new HttpError(421, "This server does not answer to that host name (--allow-host lets it)");
   }
-  if (
-    server.settings.cors && incoming.method === "OPTIONS" &&
-    incoming.header("access-control-request-method") !== undefined
-  ) {
-    return { status: 204, fields: PREFLIGHT, content: NO_BYTES };
-  }
+  const isPreflight = incoming.method === "OPTIONS" && incoming.header("access-control-request-method") !== undefined;
+  if (cors && isPreflight) return { kind: "route", handler: () => ({ status: 204, headers: PREFLIGHT }), params: {} };
   const resource = locate(server, incoming);
-  return resource instanceof Promise
-    ? resource.then((resource) => represent(server, incoming, resource))
-    : represent(server, incoming, resource);
+  if (!(resource instanceof Promise) && resource.kind === "route") known.route = resource;
+  return resource;
 }
 
 /** What a preflight of Fetch §3.2.3 wants to hear. */
-const PREFLIGHT: readonly Field[] = [
-  ["Access-Control-Allow-Methods", "GET, HEAD, POST, PUT, PATCH, DELETE"],
-  ["Access-Control-Allow-Headers", "*, Authorization"],
-  ["Access-Control-Max-Age", "86400"],
-];
+const PREFLIGHT: Readonly<Record<string, string>> = {
+  "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, PATCH, DELETE",
+  "Access-Control-Allow-Headers": "*, Authorization",
+  "Access-Control-Max-Age": "86400",
+};
 
 /** The bytes of a message that answers equal requests: made anew when its Date is no longer true. */
-function readyBytes(server: HttpServer, message: Message, head: RequestHead, now: number): Uint8Array {
+function readyBytes(server: HttpServer, message: WholeMessage, head: RequestHead, now: number): Uint8Array {
   const second = Math.trunc(now / 1000);
   if (message.ready?.second !== second) {
-    message.ready = { second, bytes: compose(server, message as WholeMessage, head, true) };
+    message.ready = { second, bytes: compose(server, message, head, true) };
   }
   return message.ready.bytes;
 }
 
-/** A whole response as bytes; remembers what may be sent again, and whether the connection goes on. */
-function finish(server: HttpServer, connection: Connection, known: KnownHead, message: WholeMessage): Uint8Array {
-  const { head } = known, persistent = persists(server, connection, head);
-  const repeatable = message.isFresh !== undefined && head.method === "GET" && head.minor === 1 &&
-    server.settings.log !== "wire";
-  if (repeatable && persistent) known.message = message;
+/**
+ * A whole response as bytes, unless there is content of the request to read first, or of the response to
+ * make on the way: then the message itself. Remembers what may be sent again.
+ */
+function finish(
+  server: HttpServer,
+  connection: Connection,
+  known: KnownHead,
+  message: Message,
+): Uint8Array | Promise<Message> {
+  const { head } = known;
+  if (!isWhole(message) || head.framing.kind !== "none") return Promise.resolve(message);
+  const persistent = persists(server, connection, head);
+  const repeatable = message.isFresh !== undefined && head.method === "GET" && head.minor === 1;
+  if (repeatable && persistent && server.settings.log !== "wire") known.message = message;
   server.log.access(clientOf(server, connection, head), head, message);
   return compose(server, message, head, persistent);
 }
@@ -3438,27 +3594,29 @@ function persists(server: HttpServer, connection: Connection, head: RequestHead)
   return able && head.persistent;
 }
 
-/** Writes a response that was waited for. */
-async function send(server: HttpServer, connection: Connection, message: Message): Promise<void> {
-  const { content } = message, known = connection.current!;
-  if (content instanceof Uint8Array) await connection.write(finish(server, connection, known, { ...message, content }));
-  else await writeStream(server, connection, { ...message, content }, known.head);
+/** Writes a response that is not just bytes, or comes before the request's content is read. */
+async function send(
+  server: HttpServer,
+  connection: Connection,
+  message: Message,
+  head: RequestHead | undefined,
+): Promise<void> {
+  if (!isWhole(message)) await writeStream(server, connection, message as Message & { content: Stream }, head!);
+  else {
+    const persistent = head !== undefined && persists(server, connection, head);
+    server.log.access(clientOf(server, connection, head), head, message);
+    await connection.write(compose(server, message, head, persistent));
+  }
   await connection.skipContent(server.settings.maxBody);
 }
 
 /** Turns what was thrown into a response, if one can still be sent. */
 async function sendError(server: HttpServer, connection: Connection, error: unknown): Promise<void> {
-  if (error instanceof Disconnected || connection.midway) {
-    if (connection.midway) server.log.line(`answer broken off: ${messageOf(error)}`);
-    return connection[Symbol.dispose]();
-  }
+  if (connection.midway && !(error instanceof Disconnected)) server.log.line(`answer broken off: ${messageOf(error)}`);
+  if (error instanceof Disconnected || connection.midway) return connection[Symbol.dispose]();
   if (error instanceof FramingError) connection.close();
-  const known = connection.current ?? { head: undefined };
-  const message = await describeError(server, connection, known.head, error);
-  const persistent = known.head !== undefined && persists(server, connection, known.head);
-  server.log.access(clientOf(server, connection, known.head), known.head, message);
-  await connection.write(compose(server, message as WholeMessage, known.head, persistent));
-  await connection.skipContent(server.settings.maxBody);
+  const head = connection.current?.head;
+  await send(server, connection, await describeError(server, connection, head, error), head);
 }
 
 /** A small page that says what went wrong, or what `onError` makes of it. */
@@ -3472,9 +3630,13 @@ async function describeError(
   if (!expected || error.cause !== undefined) {
     server.log.line(`error: ${head?.line ?? "no request"}: ${messageOf(expected ? error.cause : error)}`);
   }
-  if (!expected && head !== undefined) {
-    const content = await server.options.onError?.(error);
-    if (content) return await representContent(server, new IncomingRequest(server, connection, head), content);
+  if (!expected && head !== undefined && server.options.onError !== undefined) {
+    try {
+      const content = await server.options.onError(error);
+      if (content) return await representContent(server, new IncomingRequest(server, connection, head), content);
+    } catch (error) {
+      server.log.line(`error in onError: ${messageOf(error)}`);
+    }
   }
   const { status, message, fields } = expected ? error : new HttpError(500, "The server could not make this page");
   const charset = server.settings.charset ?? "utf-8", title = `${status} ${REASONS[status] ?? "Error"}`;
@@ -3484,7 +3646,10 @@ async function describeError(
   const content = encodeText(page, charset, "html").bytes;
   return {
     status,
-    fields: [["Content-Type", contentType("text/html", charset, undefined)], ...fields],
+    fields: [
+      ["Content-Type", contentType("text/html", charset, undefined)],
+      ...fields.map(([name, value]) => checkField(name, value)),
+    ],
     content,
     charset,
   };
@@ -3716,20 +3881,25 @@ async function parseArguments(args: readonly string[]): Promise<Settings & { rea
 
 const flagged = (name: string) => name.length === 1 ? `-${name}` : `--${name}`;
 
-/** Writes `--name value` as `--name=value`, so that a value may begin with a hyphen. */
+/**
+ * Writes `--name value` as `--name=value`, so that a value may begin with a hyphen, and puts options
+ * with an empty value last: so `parseArgs` takes them for what they are.
+ */
 function attachValues(args: readonly string[], valued: readonly string[]): string[] {
-  const attached: string[] = [];
-  for (let i = 0; i < args.length; i++) {
-    const arg = args[i]!;
-    if (arg === "--") return [...attached, ...args.slice(i)];
-    const takesNext = arg.startsWith("--") && valued.includes(arg.slice(2)) && i + 1 < args.length;
-    attached.push(takesNext ? `${arg}=${args[++i]}` : arg);
+  const attached: string[] = [], empty: string[] = [];
+  let i = 0;
+  for (; i < args.length && args[i] !== "--"; i++) {
+    const [, name, value] = /^--([^=]+)(?:=(.*))?$/s.exec(args[i]!) ?? [];
+    const given = value ?? (name !== undefined && valued.includes(name) ? args[++i] : undefined);
+    if (name === undefined || given === undefined) attached.push(name === undefined ? args[i]! : `--${name}`);
+    else if (given === "") empty.push(`--${name}`);
+    else attached.push(`--${name}=${given}`);
   }
-  return attached;
+  return [...attached, ...empty, ...args.slice(i)];
 }
 
 function readValue(name: string, text: string, read: (text: string) => unknown): unknown {
-  if (text === "") throw new UsageError(`--${name} needs a value`);
+  if (text === "" && name !== "body") throw new UsageError(`--${name} needs a value`);
   try {
     return read(text);
   } catch (error) {
@@ -3783,7 +3953,7 @@ async function main(args: readonly string[]): Promise<void> {
     stopOnSignal(server);
     await server.finished;
   } catch (error) {
-    console.error(`charserve: ${explainFailure(error, settings)}`);
+    console.error(`charserve: ${escapeControls(explainFailure(error, settings))}`);
     Deno.exit(error instanceof UsageError ? 2 : 1);
   }
 }
