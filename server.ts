@@ -404,12 +404,11 @@ function escapeMarkup(text: string): string {
   return text.replace(/[&<>"']/g, (character) => `&#${character.charCodeAt(0)};`);
 }
 
-/** Text from the wire that is safe on a terminal and in one line of a log: no control characters. */
+/** Text that is safe on a terminal and in one line of a log: no control characters, nothing that turns it about. */
 function escapeControls(text: string): string {
   // deno-lint-ignore no-control-regex
-  return text.replace(/[\x00-\x1f\x7f-\x9f\\"\u2028\u2029\u202a-\u202e\u2066-\u2069]/g, (character) => {
+  return text.replace(/[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]/g, (character) => {
     const code = character.charCodeAt(0);
-    if (character === '"' || character === "\\") return "\\" + character;
     return code < 256 ? `\\x${code.toString(16).padStart(2, "0")}` : `\\u${code.toString(16)}`;
   });
 }
@@ -973,7 +972,7 @@ function interpret(text: string, lineLength: number, marks: readonly number[], s
     minor: minor === "0" ? 0 : 1,
     ...parseTarget(method, target, parseHost(fields, minor === "0")),
     framing: parseFraming(fields, minor === "0"),
-    persistent: !connection.includes("close") && (minor === "1" || connection.includes("keep-alive")),
+    persistent: !connection.includes("close") && (minor !== "0" || connection.includes("keep-alive")),
     marks,
   };
 }
@@ -1914,7 +1913,10 @@ async function findBelow(server: HttpServer, root: Root, path: string, query: st
 
 /** Raw bytes of a query made fit for a Location field. */
 function latin1ToUri(text: string): string {
-  return text.replace(/[^\x21-\x7e]/g, (byte) => "%" + byte.charCodeAt(0).toString(16).toUpperCase().padStart(2, "0"));
+  return text.replace(
+    /[^!#$%&'()*+,\-./0-9:;=?@A-Z\[\]_a-z~]/g,
+    (byte) => "%" + byte.charCodeAt(0).toString(16).toUpperCase().padStart(2, "0"),
+  );
 }
 
 /** Stats what a path leads to, if links do not lead it out of ROOT. */
@@ -2718,7 +2720,7 @@ async function resolveRange(head: RequestHead, { etag, file, type }: Representat
   const condition = fieldValue(head, "if-range");
   if (asked === undefined || !/^bytes=/i.test(asked)) return whole;
   if (condition !== undefined && condition !== etag && condition !== formatDate(file.time)) return whole;
-  const length = whole.content.length ?? await measure(whole.content as Stream);
+  const length = whole.content.length ?? await measureStream(whole.content as Stream);
   const ranges = parseRange(asked, length);
   if (ranges === undefined) return whole;
   if (ranges.length === 0) {
@@ -2749,7 +2751,7 @@ async function resolveRange(head: RequestHead, { etag, file, type }: Representat
   };
 }
 
-async function measure(content: Stream): Promise<number> {
+async function measureStream(content: Stream): Promise<number> {
   let length = 0;
   for await (const piece of content.read()) length += piece.length;
   return length;
@@ -2889,6 +2891,7 @@ const CRLF = latin1Bytes("\r\n"), LAST_CHUNK = latin1Bytes("0\r\n\r\n");
 const LAB_ROUTES: readonly Route[] = [
   [/^\/$/, labPage],
   [/^\/text$/, textFixture, ["GET", "POST"]],
+  [/^\/diagnose$/, describeDiagnosis],
   [/^\/charsets$/, describeCharsets],
 ];
 
@@ -2973,6 +2976,9 @@ ${
 </header>
 <main>
 ${labForm(experiment)}
+${labCharacters(text, charset)}
+${labReadings(text, charset)}
+${labDiagnosis(text)}
 <section aria-labelledby="greetings"><h2 id="greetings">Greetings</h2>
 <p>What ${charset} lacks was sent as a character reference: you can read it, but it costs up to eight times the bytes.</p>
 <dl class="greetings">${
@@ -2980,8 +2986,6 @@ ${labForm(experiment)}
         `<div><dt>${language}</dt><dd lang="${code}"><bdi>${greeting}</bdi></dd></div>`
       ).join("\n")
     }</dl></section>
-${labCharacters(text, charset)}
-${labReadings(text, charset)}
 ${labWire(experiment)}
 </main>
 <footer><p>For programs: <a href="text?${
@@ -3147,6 +3151,324 @@ function labWire({ requestHead, responseHead }: Experiment): string {
 <p>What your browser sent to get this page, and what stood before it in the answer. <code>--log wire</code> shows the same in the terminal.</p>
 ${table("request-head", "The request, as it came", requestHead)}
 ${table("response-head", "The response, as it went", responseHead)}</section>`;
+}
+
+/** `GET /diagnose`: what garbled a text, for programs. */
+function describeDiagnosis({ query }: Incoming): Answer {
+  return { type: "application/json", body: JSON.stringify(diagnose(query.get("text") ?? ""), null, 1) + "\n" };
+}
+
+function labDiagnosis(text: string): string {
+  const rows = diagnose(text).map(({ steps, text, lost }) => {
+    const way = steps.map(({ written, read }) => `${written} read as ${read}`).join(", then ");
+    const loss = lost === 0
+      ? ""
+      : ` <small>${lost} ${lost === 1 ? "character is" : "characters are"} lost for good</small>`;
+    const shown = controlPictures(escapeMarkup(text)).replaceAll("\uFFFD", "<mark>&#xFFFD;</mark>");
+    return `<tr><td class="text"><bdi>${shown}</bdi>${loss}</td><td>${way}</td></tr>`;
+  });
+  const head = `<thead><tr><th scope="col">It was<th scope="col">Written as, read as</thead>`;
+  return `<section aria-labelledby="diagnosis"><h2 id="diagnosis">What went wrong?</h2>
+${
+    rows.length === 0
+      ? "<p>This text looks fine as it is. Paste garbled text above to see which charsets were mixed up.</p>"
+      : `<p>If the text is garbled, this may have happened to it, likeliest first.</p>${
+        scrollable("diagnosis", `${head}<tbody>${rows.join("\n")}</tbody>`)
+      }`
+  }</section>`;
+}
+
+// What went wrong? Garbled text was written in one encoding and read as another. To find the two, undo every pair and see which
+// leaves the most ordinary text. How ordinary is counted in bits, as a compressor would: common characters cost
+// few, strange ones and strange neighbours many. A pair costs bits too, few if the two are often mixed up. The
+// explanation that costs least is best; if the text as it stands costs no more, it is fine.
+
+/** One explanation of garbled text. */
+interface Diagnosis {
+  /** What was written as one thing and read as another; the last time first, since it is undone first. */
+  readonly steps: readonly { readonly written: string; readonly read: string }[];
+  /** The text recovered. */
+  readonly text: string;
+  /** Characters lost for good: U+FFFD in the recovered text. */
+  readonly lost: number;
+}
+
+/** How much of a text is looked at. */
+const DIAGNOSED = 200;
+/** Bits that an explanation may cost more than the best. */
+const WORSE = 20;
+
+/**
+ * Finds what garbled a text, best explanation first; none if it looks fine as it is.
+ * Looks at the first 200 characters. Never throws.
+ */
+function diagnose(garbled: string): Diagnosis[] {
+  const all = [...garbled.slice(0, DIAGNOSED * 2 + 2).toWellFormed()], cut = all.length > DIAGNOSED;
+  const text = all.slice(0, DIAGNOSED).join("");
+  const asIs = bitsOf(text, Infinity), best = new Map<string, Explanation>();
+  // A question mark may stand for a byte lost.
+  const texts = new Set([text, text.replace(/(?<=\P{ASCII})\?/gu, "\ufffd")]);
+  let beam = [...texts].map((text): Explanation => ({ text, steps: [], stepBits: 0, bits: asIs }));
+  for (let round = 0; round < 2; round++) {
+    const next = beam.flatMap((from) => undo(from, asIs + 10, cut)).sort((a, b) => a.bits - b.bits);
+    for (const found of next) {
+      if (found.bits < (best.get(found.text)?.bits ?? asIs - MARGIN)) best.set(found.text, found);
+    }
+    beam = next.filter((found) => !found.text.includes("\ufffd") || text.includes("\ufffd")).slice(0, 4);
+  }
+  best.delete(text);
+  const sorted = [...best.values()].sort((a, b) => a.bits - b.bits);
+  return sorted.filter(({ bits }) => bits < sorted[0]!.bits + WORSE).slice(0, 8)
+    .map(({ steps, text }) => ({ steps, text, lost: countMatches(text, /\ufffd/g) }));
+}
+
+/** Encodings that meet in one part of the world, commonest first: the nearer the front, the likelier mixed up. */
+const NEIGHBOURS: readonly (readonly string[])[] = `
+  utf-8 windows-1252 macintosh iso-8859-15 windows-1251 ibm866 koi8-r
+  utf-8 windows-1252 gbk big5 shift_jis utf-16le utf-16be
+  utf-8 gbk windows-1252 big5 shift_jis euc-kr windows-1251 windows-1250
+  utf-8 big5 gbk windows-1252 shift_jis
+  utf-8 shift_jis euc-jp iso-2022-jp windows-1252 gbk euc-kr macintosh
+  utf-8 euc-kr windows-1252 gbk shift_jis big5
+  utf-8 windows-1251 koi8-r ibm866 windows-1252 iso-8859-5 gbk macintosh x-mac-cyrillic koi8-u
+  utf-8 windows-1250 windows-1252 iso-8859-2 gbk
+  utf-8 windows-1256 windows-1252 iso-8859-6 gbk
+  utf-8 windows-1253 windows-1252 iso-8859-7 gbk
+  ${["1254", "1255", "1257", "1258", "874"].map((page) => `utf-8 windows-${page} windows-1252 gbk`).join("\n")}
+`.trim().split("\n").map((row) => row.trim().split(" "));
+
+const SUSPECTS: readonly string[] = [...new Set(NEIGHBOURS.flat())];
+
+/** Bits for: any pair, and one of no row; garbling text again; explaining at all; a foreign letter; what no charset is for. */
+const PAIR = 3, UNUSUAL = 7, AGAIN = 6, MARGIN = 2, FOREIGN = 9, MISPLACED = 6;
+/** Bits saved by each character beyond ASCII in valid UTF-8, since other bytes hardly ever look like it. */
+const UTF8_BONUS = 2;
+
+/** What a character costs: the first row that matches. Characters are in NFD, so Hangul in letters. */
+const CHARACTER_BITS: readonly (readonly [RegExp, number])[] = [
+  [/^[ a-z]/, 4],
+  [/^[\nA-Z0-9.,:;?!'"()\/_-]/, 6],
+  [/^[!-~\r\t]/, 8],
+  [/^\ufffd/, 16],
+  [/^[\p{Co}\p{Cn}\p{Cc}\p{Cs}]/u, 22],
+  [/^[‘’“”„«»…–—、。，！？：；（）「」『』《》・ー€£§©®°±µ×²³¼½¾\u00a0]/, 8],
+  [/^[─│┌┐└┘├┤┬┴┼]/, 6],
+  [/^[\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Hebrew}\p{Script=Arabic}\p{Script=Thai}]/u, 5.5],
+  [/^[ᄀᄂᄃᄅᄆᄇᄉᄋᄌᄒ][ᅡᅢᅥᅦᅧᅩᅭᅮᅳᅵ][ᆨᆫᆯᆷᆸᆺᆻᆼ]?$/, 8],
+  [
+    /^[一不世东中为主也了事些京人今他以们件任何作你使來個們入全公关出分前动動化北卜司合同名和品回国國在地多大天好如子字学學安定实實对對小就己市年开開当後得心思想意成我手文新无日时時明是月有本来東样法注然無現现理生用田當的目看知种種第経經经者而能自至着行要見见言訊計訂記詞話語請說论请话语说谁谢謝起这過过还進进這通那部都里重長问間關长電面題高点]/,
+    7,
+  ],
+  [/^\p{Script=Han}/u, 10.5],
+  [/^[оеаинтсрвлкмпдуяαοιετσνηυρ]\p{M}?$/iu, 4.5],
+  [/^[\p{Script=Latin}\p{Script=Cyrillic}\p{Script=Greek}]/u, 7],
+  [/^[\p{L}\p{M}]/u, 12],
+  [/^/, 11],
+];
+
+/** What neighbours cost on top. */
+const NEIGHBOUR_BITS: readonly (readonly [RegExp, number])[] = [
+  // Case: small before capital, two capitals before small.
+  [/\p{Ll}\p{Lu}/gu, 8],
+  [/\p{Lu}{2}\p{Ll}/gu, 4],
+  // Signs within a word, signs beside a letter.
+  [/\p{L}(?:[^\p{L}\p{M}\p{P}\p{Z}\p{N}\p{Cc}+=<>|~]|[·¿¡«»†‡])+(?=\p{L})/gu, 5],
+  [/\p{L}[¹³±¼¾¥¦¶¤¨¸]|[£¼¾¥¦¶]\p{L}/gu, 4],
+  // Two letters with accents; scripts that do not share a word; a space in Chinese.
+  [/[\u0080-\u024f](?!\p{Lu})[\u0080-\u024f]/gu, 3],
+  [/[A-Za-z][\u0370-\u0fff]|[\u0370-\u0fff][A-Za-z]/g, 6],
+  [/[a-z][\u3040-\ud7ff\uff66-\uff9f]|[\u3040-\ud7ff\uff66-\uff9f][a-z]/g, 5],
+  [/[\uff66-\uff9f]\p{Script=Han}|\p{Script=Han}[\uff66-\uff9f]/gu, 4],
+  [/[A-Za-z\p{Script=Han}] (?=\p{Script=Han})/gu, 4],
+  // Spelling: final letters, Greek accents, Cyrillic vowels, a mark on nothing.
+  [/[ςםןץףך](?=\p{L})/gu, 6],
+  [/(?<!\p{Script=Greek})[α-ω]{3,}(?!\p{Script=Greek})/giu, 6],
+  [/[бвгджзйклмнпрстфхцчшщъь]{4}|[аеиоуыэюяії]{3}|(?<!\p{L})[бвгджзйклмнпрстфхцчшщъь]{2}(?!\p{L})/giu, 4],
+  [/(?<![\p{L}\p{M}])[\u0591-\u05c7\u0e31\u0e34-\u0e3a\u0e47-\u0e4e]/gu, 8],
+];
+
+/** Letters that nobody would write in an encoding made for others. */
+const MISPLACED_LETTERS: Readonly<Record<string, RegExp>> = {
+  gbk: /(?![A-Za-z\p{Script=Han}])\p{L}/gu,
+  big5: /(?![A-Za-z\p{Script=Han}])\p{L}/gu,
+  shift_jis: /(?![A-Za-zー\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}])\p{L}/gu,
+  "euc-jp": /(?![A-Za-zー\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}])\p{L}/gu,
+  "euc-kr": /(?![A-Za-z\p{Script=Hangul}])\p{L}/gu,
+};
+
+/**
+ * The letters beyond A to Z of one language each: those of a text should all be from one. Where there are too many
+ * to list, the common ones, which stand together in Unicode or in the charset made for that language ("level 1").
+ */
+function makeLanguages(): ReadonlySet<string>[] {
+  return `äöüß àâæçèéêëîïôœùûüÿ áéíñóúüªº áâãàçéêíóôõúü àèéìíîòóù äåéö åæéø áæéíðóöúýþ ąćęłńóśźż áčďéěíňóřšťúůýž
+  áäčďéíĺľňóôŕšťúýž áéíóöőúüű ăâîșțşţ ćčđšž âçğîıİöşûü äõöüšž āčēģīķļņšūž ąčęėįšųūž
+  ${"aăâeêioôơuưy".replace(/./g, "$&$&\u0300$&\u0301$&\u0303$&\u0309$&\u0323").normalize("NFC")}đ
+  абвгдеёжзийклмнопрстуфхцчшщъыьэюя абвгґдеєжзиіїйклмнопрстуфхцчшщьюяў абвгдежзијклљмнњопрстћуфхцчџшђѓќѕ
+  αβγδεζηθικλμνξοπρσςτυφχψωάέήίόύώϊϋΐΰ ${letters("utf-16be", 0x05, 0x05, 0xd0, 0xea)}
+  ${letters("utf-16be", 0x06, 0x06, 0x21, 0x4a)}پچژکگی ${letters("utf-16be", 0x0e, 0x0e, 0x01, 0x4e)}
+  ${letters("gbk", 0xb0, 0xd7, 0xa1, 0xfe)} ${letters("big5", 0xa4, 0xc6, 0x40, 0xfe)}
+  ${letters("euc-kr", 0xb0, 0xc8, 0xa1, 0xfe)} ${letters("euc-jp", 0xa4, 0xa5, 0xa1, 0xf6)}${
+    letters("euc-jp", 0xb0, 0xcf, 0xa1, 0xfe)
+  }${letters("euc-jp", 0x8e, 0x8e, 0xa6, 0xdf)}`.split(/\s+/).map((language) =>
+    new Set(language + language.toUpperCase())
+  );
+}
+
+/** The characters of these rows and columns of a charset of two bytes. */
+function letters(encoding: string, firstRow: number, lastRow: number, first: number, last: number): string {
+  const codes = range(firstRow, lastRow).flatMap((row) => range(first, last).flatMap((column) => [row, column]));
+  return decodeText(Uint8Array.from(codes), encoding);
+}
+
+/** Letters of the scripts above; of other scripts, none is foreign. */
+const LISTED =
+  /(?![A-Za-z])[\p{Script=Latin}\p{Script=Cyrillic}\p{Script=Greek}\p{Script=Hebrew}\p{Script=Arabic}\p{Script=Thai}\p{Script=Han}\p{Script=Hangul}\p{Script=Hiragana}\p{Script=Katakana}]/u;
+
+let languages: readonly ReadonlySet<string>[] | undefined;
+/** By UTF-16 code unit, when first met: its bits, and the languages it is foreign to, one bit each. */
+const UNIT_BITS = new Float32Array(0x10000), UNIT_FOREIGN = new Int32Array(0x10000);
+
+/** Looks a character up; those of two units are not kept. */
+function lookUp(character: string): number {
+  const unit = character.length === 1 ? character.charCodeAt(0) : 0xffff;
+  if (UNIT_BITS[unit] === 0 || unit === 0xffff) {
+    languages ??= makeLanguages();
+    UNIT_BITS[unit] = CHARACTER_BITS.find(([pattern]) => pattern.test(character.normalize("NFD")))![1];
+    UNIT_FOREIGN[unit] = LISTED.test(character)
+      ? languages.reduce((set, language, i) => language.has(character) ? set : set | 1 << i, 0)
+      : 0;
+  }
+  return unit;
+}
+
+/** What a text costs; Infinity if that is beyond the limit. */
+function bitsOf(text: string, limit: number): number {
+  let sum = 0;
+  const foreign = new Map<number, number>();
+  for (const character of text) {
+    const unit = lookUp(character), set = UNIT_FOREIGN[unit]!;
+    sum += UNIT_BITS[unit]!;
+    if (sum > limit) return Infinity;
+    if (set !== 0) foreign.set(set, (foreign.get(set) ?? 0) + 1);
+  }
+  if (foreign.size > 0) {
+    const counts = languages!.map((_, i) => [...foreign].reduce((n, [set, count]) => n + (set >> i & 1) * count, 0));
+    sum += FOREIGN * Math.min(...counts);
+  }
+  for (const [pattern, bits] of NEIGHBOUR_BITS) sum += sum > limit ? Infinity : bits * countMatches(text, pattern);
+  return sum;
+}
+
+function countMatches(text: string, pattern: RegExp): number {
+  return text.match(pattern)?.length ?? 0;
+}
+
+const PAIR_BITS = new Map<string, number>();
+
+/** What a pair costs; most for an encoding with itself. */
+function pairBits(written: string, read: string): number {
+  const key = `${written} ${read}`, known = PAIR_BITS.get(key);
+  if (known !== undefined) return known;
+  const rows = NEIGHBOURS.filter((row) => row.includes(written) && row.includes(read));
+  const places = rows.map((row) => row.indexOf(written) + row.indexOf(read));
+  const bits = written === read ? Infinity : PAIR + Math.min(UNUSUAL, ...places);
+  PAIR_BITS.set(key, bits);
+  return bits;
+}
+
+/** What it costs, or saves, that this text was written in this encoding. */
+function writtenBits(text: string, written: string): number {
+  if (written === "utf-8") return -UTF8_BONUS * countMatches(text, /[^\p{ASCII}\ufffd]/gu);
+  const misplaced = MISPLACED_LETTERS[written];
+  return misplaced === undefined ? 0 : MISPLACED * countMatches(text, misplaced);
+}
+
+/** The bytes that were read as this text, in pieces between those lost; undefined if it has a character too many. */
+function bytesBehind(text: string, read: string): Uint8Array<ArrayBuffer>[] | undefined {
+  // All Latin-1 is windows-1252 here; elsewhere it has control characters.
+  const known = read !== "windows-1252"
+    ? text
+    : text.replace(/\p{Cc}/gu, (control) => decodeText(Uint8Array.of(control.charCodeAt(0)), read));
+  const pieces = known.split("\ufffd").map((piece) => encodeText(piece, read, "replacement"));
+  return pieces.some(({ lost }) => lost > 0) ? undefined : pieces.map(({ bytes }) => bytes);
+}
+
+/** Bytes, as Latin-1, that often come damaged: a no-break space made a space, escape characters dropped. */
+const REPAIRS: Readonly<Record<string, (bytes: string) => string>> = {
+  "utf-8": (bytes) => bytes.replace(/([\xc2-\xdf]|[\xe1-\xef][\x80-\xbf]) /g, "$1\xa0"),
+  "iso-2022-jp": (bytes) => bytes.replaceAll("\x1b", "").replace(/\$[@B]|\([BJ]/g, "\x1b$&"),
+};
+
+const DECODERS = new Map<string, TextDecoder>();
+
+/** What bytes, in pieces between those lost, were meant as. */
+function meaning(pieces: readonly Uint8Array<ArrayBuffer>[], written: string): string {
+  const decoder = DECODERS.get(written) ?? new TextDecoder(written), repair = REPAIRS[written];
+  DECODERS.set(written, decoder);
+  if (pieces.length === 1 && repair === undefined) return decoder.decode(pieces[0]);
+  if (!isMultiByte(written) && !written.startsWith("utf-")) {
+    return pieces.map((bytes) => decoder.decode(bytes)).join("\ufffd");
+  }
+  // What was lost may be part of a character. FF is part of none, and UTF-8 makes one U+FFFD of each odd byte.
+  const bytes = pieces.map((piece) => latin1(piece)).join("\xff");
+  const text = decoder.decode(latin1Bytes(repair?.(bytes) ?? bytes));
+  return pieces.length > 1 && written === "utf-8" ? text.replace(/\ufffd{1,3}/g, "\ufffd") : text;
+}
+
+interface Explanation extends Omit<Diagnosis, "lost"> {
+  /** What the steps cost; and with the text. */
+  readonly stepBits: number;
+  readonly bits: number;
+}
+
+/** Undoes each pair once, unless the text left costs more than the limit; `cut` is whether the text goes on. */
+function undo(from: Explanation, limit: number, cut: boolean): Explanation[] {
+  const found = new Map<string, Explanation>(), again = from.steps.length > 0 ? AGAIN : 0;
+  for (const [pieces, reads] of readings(from.text)) {
+    for (const written of SUSPECTS) {
+      const text = meaning(pieces, written).replace(cut ? /\ufffd+$/ : "", "");
+      const read = reads.reduce((a, b) => pairBits(written, b) < pairBits(written, a) ? b : a);
+      if (text === from.text || text === "" || read === written) continue;
+      const stepBits = from.stepBits + again + pairBits(written, read) + writtenBits(text, written);
+      const known = found.get(text);
+      if (stepBits >= (known?.stepBits ?? Infinity)) continue;
+      const bits = stepBits + (known === undefined ? bitsOf(text, limit) : known.bits - known.stepBits);
+      if (
+        bits < Infinity && (pieces.length > 1 ? isMostlyLeft(text, written) : isWritten(text, written, pieces[0]!, cut))
+      ) {
+        found.set(text, { text, steps: [...from.steps, { written, read }], stepBits, bits });
+      }
+    }
+  }
+  return [...found.values()];
+}
+
+/** Whether at most half is lost. (UTF-16 never loses a single byte.) */
+function isMostlyLeft(text: string, written: string): boolean {
+  return countMatches(text, /\ufffd/g) * 2 <= text.length && !written.startsWith("utf-16");
+}
+
+/** Whether text is written as these bytes: all of them, or but for a character cut off. */
+function isWritten(text: string, written: string, bytes: Uint8Array<ArrayBuffer>, cut: boolean): boolean {
+  const encoded = encodeText(text, written, "replacement"), given = latin1(bytes);
+  const wanted = REPAIRS[written]?.(given) ?? given, rest = wanted.length - encoded.bytes.length;
+  return encoded.lost === 0 && rest <= (cut ? 3 : 0) && wanted.startsWith(latin1(encoded.bytes));
+}
+
+/** The bytes that may be behind a text, with the encodings that would read them so. */
+function readings(text: string): Iterable<readonly [Uint8Array<ArrayBuffer>[], string[]]> {
+  const found = new Map<string, readonly [Uint8Array<ArrayBuffer>[], string[]]>(), ascii = /^\p{ASCII}*$/u.test(text);
+  const lossy = text.includes("\ufffd");
+  for (const read of SUSPECTS) {
+    // What is read as UTF-8 loses all that is not; what is read as ISO-2022-JP is hardly garbled.
+    const unlikely = read === "iso-2022-jp" || read === "utf-8" && !ascii || read.startsWith("utf-16") && lossy;
+    const pieces = unlikely ? undefined : bytesBehind(text, read);
+    if (pieces === undefined) continue;
+    const key = pieces.join("|");
+    found.set(key, [pieces, [...found.get(key)?.[1] ?? [], read]]);
+  }
+  return found.values();
 }
 
 /** `GET /text`, `POST /text`: the text alone, so encoded and so labelled, in as many places as asked. */
@@ -3949,8 +4271,8 @@ async function main(args: readonly string[]): Promise<void> {
     if (settings.help) return console.log(helpText());
     if (settings.version) return console.log(`charserve ${VERSION} (Deno ${Deno.version.deno})`);
     const server = await start(settings);
-    console.log(urlsOf(server.addr, settings.cert !== undefined).join("\n"));
     stopOnSignal(server);
+    console.log(urlsOf(server.addr, settings.cert !== undefined).join("\n"));
     await server.finished;
   } catch (error) {
     console.error(`charserve: ${escapeControls(explainFailure(error, settings))}`);

@@ -1443,7 +1443,7 @@ for (const [says, target] of OUTSIDE) {
 const REDIRECTED: readonly [says: string, target: string, location: string | undefined][] = [
   ["a folder", "/folder", "/folder/"],
   ["a folder with its query", "/folder?a=b&c", "/folder/?a=b&c"],
-  ["a folder with bytes in its query", '/folder?a=\xe4"', "/folder/?a=%E4%22"],
+  ["a folder with bytes in its query", "/folder?a=\xe4", "/folder/?a=%E4"],
   ["a folder in UTF-8", "/%E4%BD%A0%E5%A5%BD", "/%E4%BD%A0%E5%A5%BD/"],
   ["a folder in GBK to UTF-8", "/%C4%E3%BA%C3?charset=gbk", "/%E4%BD%A0%E5%A5%BD/?charset=gbk"],
   ["a folder named like a host, on this one", "//evil.example", "/evil.example/"],
