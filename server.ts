@@ -2415,7 +2415,7 @@ async function select(server: HttpServer, incoming: IncomingRequest, file: FileF
   const known = rule === "none" ? undefined : await storedCharset(server, file, type);
   const wanted = rule === "any" ? incoming.selectedCharset : known?.encoding && "utf-8";
   const stored = known?.encoding ??
-    (wanted && known && (isValid(known.sample, wanted, true) ? wanted : "windows-1252"));
+    (wanted && known && (isValid(known.sample, wanted, file.size > known.sample.length) ? wanted : "windows-1252"));
   const encoding = rule === "none" ? undefined : wanted ?? stored;
   const converts = encoding !== stored, compressible = rule !== "none" || COMPRESSIBLE_TYPE.test(type);
   const { coding, source } = compressible

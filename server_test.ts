@@ -2013,7 +2013,8 @@ for (const [says, query, charset] of LARGE) {
     await using server = await serveTree({ "a.html": encode(declared("gbk"), "gbk") });
     const target = `/a.html${query}`, reply = await getAndHead(server, target);
     assertEquals(charsetOf(reply), charset);
-    assert(textOf(reply) === declared(charset), "the same text");
+    // What the charset lacks came as a character reference.
+    assert(textOf(reply) === new TextDecoder(charset).decode(encode(declared(charset), charset)), "the same text");
     const size = reply.content.length, etag = reply.fields.get("etag");
     for (const [start, end] of [[0, 9], [size - 5, size - 1], [1_048_570, 1_048_590], [131_071, 400_001]] as const) {
       const part = await ask(server, get(target, `Range: bytes=${start}-${end}`, `If-Range: ${etag}`));
