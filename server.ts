@@ -1137,11 +1137,18 @@ interface Encoded {
   readonly lost: number;
 }
 
-function encodeText(text: string, encoding: string, mode: Unmappable): Encoded {
+/** What the encoder with a state carries from one piece of a text to the next. */
+interface Carry {
+  state: number;
+  isLast: boolean;
+}
+
+/** Encodes a text, or one piece of a longer one. */
+function encodeText(text: string, encoding: string, mode: Unmappable, carry?: Carry): Encoded {
   if (encoding === "utf-8") return { bytes: UTF8_ENCODER.encode(text), lost: 0 };
   if (encoding.startsWith("utf-16")) return { bytes: encodeUtf16(text, encoding === "utf-16be"), lost: 0 };
   const writer = new Writer(encoding, mode, text.length);
-  if (encoding === "iso-2022-jp") writeIso2022Jp(text, repertoireOf(encoding), writer);
+  if (encoding === "iso-2022-jp") writeIso2022Jp(text, repertoireOf(encoding), writer, carry);
   else writeTable(text, repertoireOf(encoding), writer);
   return { bytes: writer.bytes.subarray(0, writer.length), lost: writer.lost };
 }
@@ -1242,8 +1249,13 @@ function scalarAt(text: string, at: number): number {
 const ASCII = 0x42, ROMAN = 0x4a, JIS0208 = 0x4224;
 
 /** The one encoder with a state: escape sequences switch between ASCII, JIS X 0201 Roman, and JIS X 0208. */
-function writeIso2022Jp(text: string, { units }: Repertoire, writer: Writer): void {
-  let state = ASCII;
+function writeIso2022Jp(
+  text: string,
+  { units }: Repertoire,
+  writer: Writer,
+  carry: Carry = { state: ASCII, isLast: true },
+): void {
+  let { state } = carry;
   const enter = (next: number) => {
     if (state === next) return;
     state = next;
@@ -1275,7 +1287,8 @@ function writeIso2022Jp(text: string, { units }: Repertoire, writer: Writer): vo
     }
   }
   writer.reserve(3, 0);
-  enter(ASCII);
+  if (carry.isLast) enter(ASCII);
+  carry.state = state;
 }
 
 /** Two bytes a code unit. No browser submits UTF-16; a server may send it (Encoding §14.3, §14.4). */
@@ -2626,15 +2639,15 @@ function streamFile(source: FileFound): Stream {
 function streamConverted(server: HttpServer, chosen: Representation): Stream {
   const { source, type, encoding } = chosen, mode = unmappableFor(server.settings.unmappable, type);
   async function* convertAll() {
-    const decoder = new TextDecoder(chosen.stored);
+    const decoder = new TextDecoder(chosen.stored), carry: Carry = { state: ASCII, isLast: false };
     let first = true;
     for await (const piece of streamFile(source).read()) {
       const text = decoder.decode(piece, { stream: true });
-      // Each piece is encoded by itself: ISO-2022-JP returns to ASCII in between.
-      yield encodeText(first ? rewriteDeclaration(text, type, encoding!) : text, encoding!, mode).bytes;
+      yield encodeText(first ? rewriteDeclaration(text, type, encoding!) : text, encoding!, mode, carry).bytes;
       first = false;
     }
-    yield encodeText(decoder.decode(), encoding!, mode).bytes;
+    carry.isLast = true;
+    yield encodeText(decoder.decode(), encoding!, mode, carry).bytes;
   }
   return {
     length: undefined,
