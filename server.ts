@@ -489,7 +489,7 @@ const BUFFER_SIZE = 4 * 1024;
 /** Most that is read and thrown away, in bytes and milliseconds, so that a last answer is not lost to a reset (RFC 9112 §9.6). */
 const LINGER_BYTES = 1024 * 1024, LINGER_TIME = 2000;
 /** Heads that are remembered parsed: how many, and the longest, in bytes. */
-const KNOWN_HEADS = 2048, KNOWN_HEAD_SIZE = 2048;
+const KNOWN_HEADS = 1024, KNOWN_HEAD_SIZE = 2048;
 
 /** What a connection waits for: a request's first byte, its rest, its content, a handler, a client that reads, its end. */
 type Waiting = "request" | "head" | "content" | "handler" | "reader" | "end";
@@ -505,6 +505,8 @@ interface KnownHead {
   readonly bytes: Uint8Array;
   message?: WholeMessage | undefined;
   route?: Resource;
+  /** What the route's handler said last, and the response that it became. */
+  said?: { readonly text: string; readonly message: WholeMessage };
 }
 
 /** The peer is gone, or was sent away: nobody is left to be told. */
@@ -1992,7 +1994,7 @@ const PIECE_SIZE = 256 * 1024;
 /** Smallest content worth compressing, in bytes. */
 const COMPRESSION_LEAST = 1024;
 /** Longest text that is kept to answer equal requests with, in bytes. */
-const REPEATABLE_LIMIT = 16 * 1024;
+const REPEATABLE_LIMIT = 4 * 1024;
 /** What the caches of files may hold, in bytes. */
 const CACHE_SIZE = 64 * 1024 * 1024;
 /** For how long a file is believed unchanged without another look, in milliseconds. */
@@ -2065,14 +2067,19 @@ class Cache<V> {
 }
 
 /** Makes the response to a located request. */
-function represent(server: HttpServer, incoming: IncomingRequest, resource: Resource): Message | Promise<Message> {
+function represent(
+  server: HttpServer,
+  incoming: IncomingRequest,
+  known: KnownHead,
+  resource: Resource,
+): Message | Promise<Message> {
   switch (resource.kind) {
     case "route": {
       incoming.params = resource.params;
       const content = resource.handler(incoming);
       return content instanceof Promise
-        ? content.then((content) => representContent(server, incoming, content))
-        : representContent(server, incoming, content);
+        ? content.then((content) => representAnew(server, incoming, known, content))
+        : representAnew(server, incoming, known, content);
     }
     case "redirect":
       return representContent(server, incoming, {
@@ -2085,6 +2092,25 @@ function represent(server: HttpServer, incoming: IncomingRequest, resource: Reso
     case "file":
       return representFile(server, incoming, resource.file);
   }
+}
+
+/** What a handler returned, as a response: that of the last time, if to an equal head it says the same text again. */
+function representAnew(
+  server: HttpServer,
+  incoming: IncomingRequest,
+  known: KnownHead,
+  content: Content,
+): Message | Promise<Message> {
+  if (typeof content !== "string" || content.length > REPEATABLE_LIMIT) {
+    return representContent(server, incoming, content);
+  }
+  if (content === known.said?.text) return known.said.message;
+  const message = representContent(server, incoming, content);
+  const remember = (message: Message) => {
+    if (isWhole(message)) known.said = { text: content, message };
+    return message;
+  };
+  return message instanceof Promise ? message.then(remember) : remember(message);
 }
 
 async function representFile(server: HttpServer, incoming: IncomingRequest, file: FileFound): Promise<Message> {
@@ -2216,13 +2242,13 @@ async function representResponse({ status, headers, body }: Response): Promise<M
   return { status, fields, content: { length: undefined, isLive: true, read, cancel: () => reader.cancel() } };
 }
 
-/** What a promise resolves with if that needs no more than a few turns of the microtask queue, else undefined. */
-function soon<T>(promise: Promise<T>): Promise<T | undefined> {
-  const turns = Promise.resolve().then(noop).then(noop).then(noop);
-  return Promise.race([promise, turns]);
+/** What a promise resolves with, if that takes no more than a few turns of the microtask queue; else undefined. */
+async function soon<T>(promise: Promise<T>): Promise<T | undefined> {
+  let result: T | undefined;
+  promise.then((value) => result = value, () => {});
+  for (let turn = 0; turn < 4 && result === undefined; turn++) await null;
+  return result;
 }
-
-const noop = () => undefined;
 
 /** For every page of our own: it runs no script and loads nothing, whatever its text turns out to be (CSP 3). */
 const PAGE_POLICY =
@@ -3855,8 +3881,8 @@ function respond(
   const incoming = new IncomingRequest(server, connection, head);
   const resource = known.route ?? admit(server, incoming, known);
   const message = resource instanceof Promise
-    ? resource.then((resource) => represent(server, incoming, resource))
-    : represent(server, incoming, resource);
+    ? resource.then((resource) => represent(server, incoming, known, resource))
+    : represent(server, incoming, known, resource);
   return message instanceof Promise
     ? message.then<Uint8Array | Message>((message) => finish(server, connection, known, message))
     : finish(server, connection, known, message);
@@ -3910,7 +3936,8 @@ function finish(
   const repeatable = message.isFresh !== undefined && head.method === "GET" && head.minor === 1;
   if (repeatable && persistent && server.settings.log !== "wire") known.message = message;
   server.log.access(clientOf(server, connection, head), head, message);
-  return compose(server, message, head, persistent);
+  const again = message === known.said?.message && persistent && server.settings.log !== "wire";
+  return again ? readyBytes(server, message, head, Date.now()) : compose(server, message, head, persistent);
 }
 
 /** The client's address; with `--trust-proxy`, the one that the proxy before us gives (RFC 7239 §5.2). */

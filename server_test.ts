@@ -234,9 +234,10 @@ const ROUTES: readonly Route[] = [
   [/^\/$/, () => ({ body: "ok", constant: true })],
   [/^\/echo/, echo, ["GET", "POST"]],
   [/^\/slow$/, () => delay(200).then(() => "slow")],
+  [/^\/stream$/, () => ({ body: pieces("st", "ream") })],
 ];
 
-/** A server with a resource that reads content, `/echo`, one that does not, `/`, and one that takes its time, `/slow`. */
+/** A server with a resource that reads content, `/echo`, one that does not, `/`, a slow one and a stream. */
 const serveEcho = (options: ServeOptions = {}) =>
   serve({ port: 0, host: "127.0.0.1", allowHost: ["*"], routes: ROUTES, ...options });
 
@@ -297,8 +298,7 @@ Deno.test("serve() refuses a port in use", async () => {
 });
 
 Deno.test("README has every option that --help has", async () => {
-  const readme = await Deno.readTextFile(new URL("./README.md", import.meta.url)).catch(() => undefined);
-  if (readme === undefined) return; // There is none yet.
+  const readme = await Deno.readTextFile(new URL("./README.md", import.meta.url));
   const { stdout } = await run(["--help"]);
   const usages = [...stdout.matchAll(/^ +(-\S.*?)(?: {2,}|$)/gm)].map(([, usage]) => usage!);
   assert(usages.length > 20, "options of --help");
@@ -370,6 +370,14 @@ const CONNECTIONS: readonly [says: string, ServeOptions, (client: Client, server
       const text = textOf(await client.receive());
       assertEquals(i % 3 ? JSON.parse(text).x : text, i % 3 ? `${i}` : "ok");
     }
+  }],
+  ["answers in order, whoever is quickest", {}, async (client) => {
+    const targets = ["/slow", "/", "/stream", "/nowhere", "/echo", "/slow", "/stream"];
+    await client.send(targets.map((target) => get(target)).join(""));
+    const replies = [];
+    for (const _ of targets) replies.push(await client.receive());
+    assertEquals(replies.map(({ status }) => status), [200, 200, 200, 404, 200, 200, 200]);
+    assertEquals(replies.map(textOf).filter((text) => text.length < 9), ["slow", "ok", "stream", "slow", "stream"]);
   }],
   ["answers a client that has finished sending", {}, async (client) => {
     await client.send(get("/") + post("/echo", "hello"));
@@ -1649,228 +1657,98 @@ async function* pieces(...texts: string[]) {
   for (const text of texts) yield await Promise.resolve(bytesOf(text));
 }
 
-const GBK_HTML = '<!DOCTYPE html><meta charset="gbk"><p>\xc4\xe3',
-  UTF8_HTML = '<!DOCTYPE html><meta charset="utf-8"><p>\xe4\xbd\xa0';
+/** Documents that declare a charset in three ways. */
+const html = (label: string, text: string) => `<!DOCTYPE html><meta charset="${label}"><p>${text}`;
+const oldHtml = (label: string, text: string) =>
+  `<meta http-equiv=Content-Type content="text/html; charset=${label}">${text}`;
+const xml = (label: string, text: string) => `<?xml version='1.0' encoding='${label}'?><a>${text}</a>`;
+const css = (label: string, text: string) => `@charset "${label}";${text}`;
 
-const STORED: readonly [
-  says: string,
-  name: string,
-  stored: string,
-  query: string,
-  label: string,
-  sent: string,
-  ServeOptions?,
-][] = [
-  // As they are.
-  ["what HTML declares", "a.html", GBK_HTML, "", "text/html;charset=gbk", GBK_HTML],
-  [
-    "what HTML declares the long way",
-    "a.html",
-    '<meta http-equiv=Content-Type content="text/html; charset=gb2312">\xc4\xe3',
-    "",
-    "text/html;charset=gbk",
-    '<meta http-equiv=Content-Type content="text/html; charset=gb2312">\xc4\xe3',
-  ],
-  [
-    "what XML declares",
-    "a.xml",
-    "<?xml version='1.0' encoding='Big5'?><a>\xa7\x41</a>",
-    "",
-    "application/xml;charset=big5",
-    "<?xml version='1.0' encoding='Big5'?><a>\xa7\x41</a>",
-  ],
-  [
-    "what a style sheet declares",
-    "a.css",
-    '@charset "shift_jis";\x82\xa0',
-    "",
-    "text/css;charset=shift_jis",
-    '@charset "shift_jis";\x82\xa0',
-  ],
-  ["UTF-8 without a word", "a.txt", "\xe4\xbd\xa0", "", "text/plain;charset=utf-8", "\xe4\xbd\xa0"],
-  ["an empty file", "a.txt", "", "", "text/plain;charset=utf-8", ""],
-  ["a byte-order mark", "a.txt", "\xff\xfe\x60\x4f", "", "text/plain;charset=utf-16le", "\xff\xfe\x60\x4f"],
-  [
-    "a byte-order mark before a declaration",
-    "a.html",
-    "\xef\xbb\xbf" + UTF8_HTML.replace("utf-8", "gbk"),
-    "",
-    "text/html;charset=utf-8",
-    "\xef\xbb\xbf" + UTF8_HTML.replace("utf-8", "gbk"),
-  ],
-  [
-    "a byte-order mark before what it was told",
-    "a.txt",
-    "\xfe\xff\x4f\x60",
-    "",
-    "text/plain;charset=utf-16be",
-    "\xfe\xff\x4f\x60",
-    { sourceCharset: "gbk" },
-  ],
-  ["what it was told before a declaration", "a.html", GBK_HTML, "", "text/html;charset=big5", GBK_HTML, {
-    sourceCharset: "big5",
-  }],
-  ["nothing of what nobody knows", "a.txt", "\xc4\xe3", "", "text/plain", "\xc4\xe3"],
-  [
-    "no declaration in a comment",
-    "a.html",
-    "<!-- <meta charset=gbk> -->\xe4\xbd\xa0",
-    "",
-    "text/html;charset=utf-8",
-    "<!-- <meta charset=gbk> -->\xe4\xbd\xa0",
-  ],
-  [
-    "no declaration in plain text",
-    "a.txt",
-    "<meta charset=gbk>\xe4\xbd\xa0",
-    "",
-    "text/plain;charset=utf-8",
-    "<meta charset=gbk>\xe4\xbd\xa0",
-  ],
-  [
-    "no declaration behind 1024 bytes",
-    "a.html",
-    " ".repeat(1024) + "<meta charset=gbk>\xc4\xe3",
-    "",
-    "text/html",
-    " ".repeat(1024) + "<meta charset=gbk>\xc4\xe3",
-  ],
-  [
-    "no declaration of what does not exist",
-    "a.html",
-    "<meta charset=klingon>\xe4\xbd\xa0",
-    "",
-    "text/html;charset=utf-8",
-    "<meta charset=klingon>\xe4\xbd\xa0",
-  ],
-  [
-    "UTF-8 for a declaration of UTF-16 that can be read",
-    "a.html",
-    "<meta charset=utf-16>\xe4\xbd\xa0",
-    "",
-    "text/html;charset=utf-8",
-    "<meta charset=utf-16>\xe4\xbd\xa0",
-  ],
-  ["no charset of a picture", "a.png", "\xc4\xe3", "?charset=gbk", "image/png", "\xc4\xe3", { sourceCharset: "gbk" }],
-  ["a false label", "a.html", GBK_HTML, "", "text/html;charset=big5", GBK_HTML, { declare: "big5" }],
-  ["no label", "a.html", GBK_HTML, "", "text/html", GBK_HTML, { declare: "none" }],
-  // Converted.
-  ["UTF-8, and HTML says so", "a.html", GBK_HTML, "?charset=utf-8", "text/html;charset=utf-8", UTF8_HTML],
-  ["GBK, and HTML says so", "a.html", UTF8_HTML, "?charset=gbk", "text/html;charset=gbk", GBK_HTML],
-  ["what is configured", "a.html", UTF8_HTML, "", "text/html;charset=gbk", GBK_HTML, { charset: "gb2312" }],
-  [
-    "another charset, the long way",
-    "a.html",
-    '<meta http-equiv=Content-Type content="text/html; charset=gb2312">\xc4\xe3',
-    "?charset=utf-8",
-    "text/html;charset=utf-8",
-    '<meta http-equiv=Content-Type content="text/html; charset=utf-8">\xe4\xbd\xa0',
-  ],
-  [
-    "another charset, and XML says so",
-    "a.xml",
-    "<?xml version='1.0' encoding='Big5'?><a>\xa7\x41</a>",
-    "?charset=gbk",
-    "application/xml;charset=gbk",
-    "<?xml version='1.0' encoding='gbk'?><a>\xc4\xe3</a>",
-  ],
-  [
-    "another charset, and a style sheet says so",
-    "a.css",
-    '@charset "gbk";\xc4\xe3',
-    "?charset=big5",
-    "text/css;charset=big5",
-    '@charset "big5";\xa7\x41',
-  ],
-  [
-    "another charset, and a byte-order mark is gone",
-    "a.txt",
-    "\xff\xfe\x60\x4f",
-    "?charset=utf-8",
-    "text/plain;charset=utf-8",
-    "\xe4\xbd\xa0",
-  ],
-  [
-    "another charset than it was told",
-    "a.txt",
-    "\xc4\xe3",
-    "?charset=utf-8",
-    "text/plain;charset=utf-8",
-    "\xe4\xbd\xa0",
-    { sourceCharset: "gbk" },
-  ],
-  [
-    "the charset asked for, if bytes nobody knows are valid in it",
-    "a.txt",
-    "\xc4\xe3",
-    "?charset=gbk",
-    "text/plain;charset=gbk",
-    "\xc4\xe3",
-  ],
-  [
-    "Western, if bytes nobody knows are not valid in it",
-    "a.txt",
-    "\xe9",
-    "?charset=utf-8",
-    "text/plain;charset=utf-8",
-    "\xc3\xa9",
-  ],
-  [
-    "references for what is lost in HTML",
-    "a.html",
-    "<p>\xe2\x82\xac",
-    "?charset=latin2",
-    "text/html;charset=iso-8859-2",
-    "<p>&#8364;",
-  ],
-  [
-    "question marks for what is lost in text",
-    "a.txt",
-    "\xe2\x82\xac",
-    "?charset=latin2",
-    "text/plain;charset=iso-8859-2",
-    "?",
-  ],
-  [
-    "a charset with a state",
-    "a.txt",
-    "\xe3\x81\x82",
-    "?charset=iso-2022-jp",
-    "text/plain;charset=iso-2022-jp",
-    '\x1b$B$"\x1b(B',
-  ],
-  // UTF-8 by definition.
-  [
-    "JSON in UTF-8, whatever is asked for",
-    "a.json",
-    '"\xe4\xbd\xa0"',
-    "?charset=gbk",
-    "application/json",
-    '"\xe4\xbd\xa0"',
-  ],
-  ["JSON in UTF-8, whatever it is stored in", "a.json", '"\xc4\xe3"', "", "application/json", '"\xe4\xbd\xa0"', {
+/** 你 in UTF-8, GBK and Big5. */
+const YOU = "\xe4\xbd\xa0", GBK_YOU = "\xc4\xe3", BIG5_YOU = "\xa7\x41";
+
+const STORED: readonly [says: string, name: string, stored: string, label: string, ServeOptions?][] = [
+  ["what HTML declares", "a.html", html("gb2312", GBK_YOU), "text/html;charset=gbk"],
+  ["what HTML declares the long way", "a.html", oldHtml("gb2312", GBK_YOU), "text/html;charset=gbk"],
+  ["what XML declares", "a.xml", xml("Big5", BIG5_YOU), "application/xml;charset=big5"],
+  ["what a style sheet declares", "a.css", css("shift_jis", "\x82\xa0"), "text/css;charset=shift_jis"],
+  ["UTF-8 without a word", "a.txt", YOU, "text/plain;charset=utf-8"],
+  ["UTF-8 for an empty file", "a.txt", "", "text/plain;charset=utf-8"],
+  ["a byte-order mark's", "a.txt", "\xff\xfe\x60\x4f", "text/plain;charset=utf-16le"],
+  ["a byte-order mark's, not a declaration's", "a.html", "\xef\xbb\xbf" + html("gbk", YOU), "text/html;charset=utf-8"],
+  ["a byte-order mark's, not what it was told", "a.txt", "\xfe\xff\x4f\x60", "text/plain;charset=utf-16be", {
     sourceCharset: "gbk",
   }],
-  [
-    "scripts in UTF-8, whatever is asked for",
-    "a.js",
-    '"\xe4\xbd\xa0"',
-    "?charset=gbk",
-    "text/javascript;charset=utf-8",
-    '"\xe4\xbd\xa0"',
-  ],
-  ["scripts as they are, if nobody knows", "a.js", '"\xc4\xe3"', "", "text/javascript", '"\xc4\xe3"'],
+  ["what it was told, not a declaration's", "a.html", html("gbk", BIG5_YOU), "text/html;charset=big5", {
+    sourceCharset: "big5",
+  }],
+  ["no charset that nobody knows", "a.txt", GBK_YOU, "text/plain"],
+  ["no charset that nobody knows, of a script", "a.js", GBK_YOU, "text/javascript"],
+  ["no charset of a picture", "a.png", GBK_YOU, "image/png", { sourceCharset: "gbk", charset: "gbk" }],
+  ["nothing that a comment declares", "a.html", `<!-- ${html("gbk", "")} -->${YOU}`, "text/html;charset=utf-8"],
+  ["nothing that plain text declares", "a.txt", html("gbk", YOU), "text/plain;charset=utf-8"],
+  ["nothing declared behind 1024 bytes", "a.html", " ".repeat(1024) + html("gbk", GBK_YOU), "text/html"],
+  ["nothing declared that does not exist", "a.html", html("klingon", YOU), "text/html;charset=utf-8"],
+  ["UTF-8 for UTF-16 declared in ASCII", "a.html", html("utf-16", YOU), "text/html;charset=utf-8"],
+  ["a false label, if it is told to", "a.html", html("gbk", GBK_YOU), "text/html;charset=big5", { declare: "big5" }],
+  ["no label, if it is told to", "a.html", html("gbk", GBK_YOU), "text/html", { declare: "none" }],
 ];
 
-for (const [says, name, stored, query, label, sent, options] of STORED) {
-  Deno.test(`readContent() sends ${name}: ${says}${query && `, for ${query}`}`, async () => {
+for (const [says, name, stored, label, options] of STORED) {
+  Deno.test(`storedCharset() finds ${says}: ${label}`, async () => {
     await using server = await serveTree({ [name]: stored }, options);
-    // The second time it may come from a cache.
-    for (let i = 0; i < 2; i++) {
-      const reply = await getAndHead(server, `/${name}${query}`);
-      assertEquals([reply.status, reply.fields.get("content-type")], [200, label]);
-      assertEquals(latin1(reply.content), sent);
+    const reply = await getAndHead(server, `/${name}`);
+    assertEquals(reply.fields.get("content-type"), label);
+    assertEquals(latin1(reply.content), stored);
+  });
+}
+
+const CONVERTED: readonly [says: string, name: string, stored: string, charset: string, sent: string, ServeOptions?][] =
+  [
+    ["HTML, which says so", "a.html", html("gbk", GBK_YOU), "utf-8", html("utf-8", YOU)],
+    ["HTML, which says so the long way", "a.html", oldHtml("gb2312", GBK_YOU), "utf-8", oldHtml("utf-8", YOU)],
+    ["HTML to an older charset", "a.html", html("utf-8", YOU), "gbk", html("gbk", GBK_YOU)],
+    ["XML, which says so", "a.xml", xml("Big5", BIG5_YOU), "gbk", xml("gbk", GBK_YOU)],
+    ["a style sheet, which says so", "a.css", css("gbk", GBK_YOU), "big5", css("big5", BIG5_YOU)],
+    ["text without its byte-order mark", "a.txt", "\xff\xfe\x60\x4f", "utf-8", YOU],
+    ["text of a charset it was told", "a.txt", GBK_YOU, "utf-8", YOU, { sourceCharset: "gbk" }],
+    ["text to a charset with states", "a.txt", "\xe3\x81\x82", "iso-2022-jp", '\x1b$B$"\x1b(B'],
+    ["unknown text that is valid already, by leaving it", "a.txt", GBK_YOU, "gbk", GBK_YOU],
+    ["unknown text that is not, from Western", "a.txt", "caf\xe9", "utf-8", "caf\xc3\xa9"],
+    ["what is lost in HTML to references", "a.html", "<p>\xe2\x82\xac", "iso-8859-2", "<p>&#8364;"],
+    ["what is lost in text to question marks", "a.txt", "\xe2\x82\xac", "iso-8859-2", "?"],
+  ];
+
+for (const [says, name, stored, charset, sent, options] of CONVERTED) {
+  Deno.test(`convert() converts ${says}: ${charset}`, async () => {
+    await using server = await serveTree({ [name]: stored }, options);
+    await using configured = await serveTree({ [name]: stored }, { ...options, charset });
+    const ways: [Listening, target: string, ...fields: string[]][] = [
+      [server, `/${name}?charset=${charset}`],
+      [server, `/${name}`, `Accept-Charset: ${charset}`], // This time it may come from a cache.
+      [configured, `/${name}`],
+    ];
+    for (const way of ways) {
+      const reply = await getAndHead(...way);
+      assertEquals([charsetOf(reply), latin1(reply.content)], [charset, sent]);
     }
+  });
+}
+
+/** UTF-8 by definition: never sent in what is asked for, and converted if stored otherwise. */
+const ALWAYS_UTF8: readonly [name: string, stored: string, label: string, ServeOptions?][] = [
+  ["a.json", YOU, "application/json"],
+  ["a.json", GBK_YOU, "application/json", { sourceCharset: "gbk" }],
+  ["a.js", YOU, "text/javascript;charset=utf-8"],
+  ["a.js", GBK_YOU, "text/javascript;charset=utf-8", { sourceCharset: "gbk" }],
+  ["a.vtt", YOU, "text/vtt;charset=utf-8"],
+];
+
+for (const [name, stored, label, options] of ALWAYS_UTF8) {
+  Deno.test(`select() sends ${name} in UTF-8, stored in ${options?.sourceCharset ?? "UTF-8"}, asked for in Big5`, async () => {
+    await using server = await serveTree({ [name]: stored }, options);
+    const reply = await getAndHead(server, `/${name}?charset=big5`);
+    assertEquals([reply.fields.get("content-type"), latin1(reply.content)], [label, YOU]);
   });
 }
 
@@ -2413,6 +2291,33 @@ Deno.test("represent() breaks off when a stream fails midway", async () => {
   }
 });
 
+Deno.test("represent() sends the head of a stream whose first piece is long in coming", async () => {
+  const first = Promise.withResolvers<void>();
+  async function* late() {
+    await first.promise;
+    yield* pieces("late");
+  }
+  const bodies = [() => ({ body: late() }), () => new Response(ReadableStream.from(late()))];
+  await using server = serveEcho({ routes: [[/^\/$/, bodies[0]!], [/^\/web$/, bodies[1]!]] });
+  using client = await Client.connect(server);
+  using other = await Client.connect(server);
+  await client.send(get("/"));
+  await other.send(get("/web"));
+  const begun = [client, other].map(({ conn }) => conn.read(new Uint8Array(1)));
+  assertEquals(await within5s(Promise.all(begun)), [1, 1]);
+  first.resolve();
+});
+
+Deno.test("represent() sends a stream that gives the same array again and again", async () => {
+  const start = (controller: ReadableStreamDefaultController) => {
+    for (const _ of "12345") controller.enqueue(piece);
+    controller.close();
+  };
+  const piece = bytesOf("a");
+  await using server = serveEcho({ routes: [[/^/, () => new Response(new ReadableStream({ start }))]] });
+  assertEquals(textOf(await ask(server, get("/"))), "aaaaa");
+});
+
 Deno.test("represent() ends a stream that nobody reads", async () => {
   const ended = Promise.withResolvers<void>();
   const body = () => new ReadableStream({ cancel: () => ended.resolve() });
@@ -2661,6 +2566,52 @@ for (const [query, status] of REFUSED_TEXTS) {
   });
 }
 
+/** Text, what it was written as, what it was taken for, and that again. */
+const GARBLED: readonly [text: string, ...steps: [written: string, read: string][]][] = [
+  ["你好，世界，这是一个简单的测试。", ["utf-8", "gbk"]],
+  ["你好，世界，这是一个简单的测试。", ["gbk", "windows-1252"]],
+  ["這是一個測試，請問您看得懂嗎？", ["big5", "gbk"]],
+  ["これは日本語のテストです。", ["shift_jis", "windows-1252"]],
+  ["これは日本語のテストです。", ["utf-8", "windows-1252"]],
+  ["안녕하세요, 이것은 시험입니다.", ["euc-kr", "windows-1252"]],
+  ["Привет, мир, как дела?", ["koi8-r", "windows-1251"]],
+  ["Привет, мир, как дела?", ["utf-8", "windows-1251"]],
+  ["Ça va très bien, déjà à l’été", ["utf-8", "windows-1252"]],
+  ["Ça va très bien, déjà à l’été", ["utf-8", "windows-1252"], ["utf-8", "windows-1252"]],
+];
+
+for (const [text, ...steps] of GARBLED) {
+  const way = steps.map(([written, read]) => `${written} read as ${read}`).join(", then ");
+  Deno.test(`diagnose() finds ${way}: ${text}`, async () => {
+    let garbled = text;
+    for (const [written, read] of steps) garbled = new TextDecoder(read).decode(encode(garbled, written));
+    const target = `/diagnose?text=${encodeURIComponent(garbled)}`;
+    const [best] = JSON.parse(textOf(await getAndHead(lab, target)));
+    // What was done last is undone first.
+    assertEquals(best.steps, steps.map(([written, read]) => ({ written, read })).toReversed());
+    const page = seen(await ask(lab, get(`/?text=${encodeURIComponent(garbled)}`)));
+    assertStringIncludes(page, best.text.replace(/\ufffd.*/s, "")); // What is lost is marked up.
+  });
+}
+
+for (
+  const text of [
+    "",
+    "Hello, world",
+    "你好，世界",
+    "Привет, мир",
+    "Ça va, cœur ?",
+    "?",
+    "\ufffd",
+    "👋🌍",
+    "{}[]<>",
+  ]
+) {
+  Deno.test(`diagnose() leaves alone what is fine: ${JSON.stringify(text)}`, async () => {
+    assertEquals(JSON.parse(textOf(await getAndHead(lab, `/diagnose?text=${encodeURIComponent(text)}`))), []);
+  });
+}
+
 // ── Server ──────────────────────────────────────────────────────────────────────────────────────
 // How it starts, whom it answers, what it writes down, and how it stops.
 
@@ -2694,6 +2645,33 @@ for (const [says, options, host, status] of HOSTS) {
     assertEquals((await ask({ addr }, head(`GET http://${host}/ HTTP/1.1`, "Host: localhost"))).status, status);
     const behind = head("GET http://localhost/ HTTP/1.1", `Host: ${host}`);
     assertEquals((await ask({ addr }, behind)).status, host.includes("localhost") ? 200 : 200);
+  });
+}
+
+const CLIENTS: readonly [says: string, trustProxy: boolean, fields: string[], client: string][] = [
+  ["who connects", true, [], "127.0.0.1"],
+  ["who connects, whatever is forwarded", false, ["X-Forwarded-For: 192.0.2.1"], "127.0.0.1"],
+  ["who is forwarded", true, ["X-Forwarded-For: 192.0.2.1"], "192.0.2.1"],
+  ["the last who is forwarded", true, ["X-Forwarded-For: 203.0.113.9, 192.0.2.1"], "192.0.2.1"],
+  ["the last line's", true, ["X-Forwarded-For: 203.0.113.9", "X-Forwarded-For: 192.0.2.1"], "192.0.2.1"],
+  [
+    "who is forwarded by the standard",
+    true,
+    ['Forwarded: for=203.0.113.9, for="[2001:db8::1]:80";proto=http'],
+    "2001:db8::1",
+  ],
+  ["who connects, if what is forwarded is no address", true, ['X-Forwarded-For: "\xe9'], "127.0.0.1"],
+];
+
+for (const [says, trustProxy, fields, client] of CLIENTS) {
+  Deno.test(`clientOf() is ${says}: ${client}`, async () => {
+    const routes: Route[] = [[/^/, ({ remote }) => remote]];
+    let log = "";
+    {
+      await using server = serveEcho({ trustProxy, routes, log: "common", onLog: (lines) => void (log += lines) });
+      assertEquals(textOf(await ask(server, get("/", ...fields))), client);
+    }
+    assert(log.startsWith(`${client} - - [`), log);
   });
 }
 
