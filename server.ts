@@ -2222,19 +2222,15 @@ async function representResponse({ status, headers, body }: Response): Promise<M
   });
   if (body === null) return { status, fields, content: NO_BYTES };
   const reader = body.getReader(), first = reader.read();
-  const start = await soon(first);
+  const start = await settlesSoon(first) ? await first : undefined;
   if (start?.done) return { status, fields, content: NO_BYTES };
   const second = start && reader.read();
-  if (start && (await soon(second!))?.done) return { status, fields, content: start.value };
+  if (start && await settlesSoon(second!) && (await second!).done) return { status, fields, content: start.value };
   const read = async function* () {
     try {
-      for (
-        let piece = await first;
-        !piece.done;
-        piece = await (piece.value === start?.value ? second! : reader.read())
-      ) {
-        yield piece.value;
-      }
+      const { done, value } = await first;
+      if (!done) yield value;
+      for (let piece = await (second ?? reader.read()); !piece.done; piece = await reader.read()) yield piece.value;
     } finally {
       await reader.cancel();
     }
@@ -2242,12 +2238,13 @@ async function representResponse({ status, headers, body }: Response): Promise<M
   return { status, fields, content: { length: undefined, isLive: true, read, cancel: () => reader.cancel() } };
 }
 
-/** What a promise resolves with, if that takes no more than a few turns of the microtask queue; else undefined. */
-async function soon<T>(promise: Promise<T>): Promise<T | undefined> {
-  let result: T | undefined;
-  promise.then((value) => result = value, () => {});
-  for (let turn = 0; turn < 4 && result === undefined; turn++) await null;
-  return result;
+/** Whether a promise takes no more than a few turns of the microtask queue. */
+async function settlesSoon(promise: Promise<unknown>): Promise<boolean> {
+  let settled = false;
+  const settle = () => settled = true;
+  promise.then(settle, settle);
+  for (let turn = 0; turn < 4 && !settled; turn++) await null;
+  return settled;
 }
 
 /** For every page of our own: it runs no script and loads nothing, whatever its text turns out to be (CSP 3). */
@@ -2893,7 +2890,7 @@ async function writeStream(
     const pieces = content.read(0, Infinity, text)[Symbol.asyncIterator]();
     try {
       let next = pieces.next();
-      if (content.isLive && await soon(next) === undefined) {
+      if (content.isLive && !await settlesSoon(next)) {
         connection.midway = true;
         await connection.write(before);
         before = NO_BYTES;
@@ -3696,7 +3693,10 @@ class HttpServer implements Server {
     };
     this.log = new Log(settings.log, options.onLog);
     this.#listener = listen(settings, options.reusePort);
-    this.addr = this.#listener.addr;
+    // Deno 2.6 leaves the transport of a TLS listener out.
+    this.addr = settings.unix === undefined
+      ? { transport: "tcp", ...this.#listener.addr as Deno.NetAddr }
+      : this.#listener.addr;
     this.#hosts = allowedHosts(this.addr, settings);
     this.#sweeper = setInterval(() => this.#sweep(), Math.max(10, Math.min(1000, Math.min(head, idle) / 4)));
     this.finished = this.#accept().then(() => this.#end());
@@ -3800,6 +3800,7 @@ function settingsOf(options: ServeOptions): Settings & { readonly root: string |
   };
 }
 
+// Deno cannot close a TLS connection whose handshake never ends: towards the open Internet, put a proxy in front.
 function listen({ host, port, unix, cert, key }: Settings, reusePort = false): Deno.Listener {
   if (unix !== undefined) return Deno.listen({ transport: "unix", path: unix });
   const address = { hostname: host, port, reusePort };
@@ -4296,6 +4297,8 @@ function explainFailure(error: unknown, settings: ServeOptions | undefined): str
   if (error instanceof Deno.errors.AddrNotAvailable) {
     return `${settings?.host} is no address of this machine: choose one with --host`;
   }
+  const isPem = error instanceof Deno.errors.InvalidData && settings?.cert !== undefined;
+  if (isPem) return `--cert and --key are not a certificate and its key, both in PEM and not encrypted (${message})`;
   if (error instanceof Deno.errors.NotFound) return message.replace(/^(.*) \(os error \d+\): \w+ '(.*)'$/s, "$2: $1");
   if (error instanceof Deno.errors.NotCapable) return message.replace(/, run again with the/, ": run deno with");
   if (error instanceof Deno.errors.PermissionDenied) {
@@ -4330,6 +4333,7 @@ async function start(settings: Awaited<ReturnType<typeof parseArguments>>): Prom
     cert: cert && await Deno.readTextFile(cert),
     key: key && await Deno.readTextFile(key),
   };
+  if (unix !== undefined && cert !== undefined) throw new UsageError("--cert and --key need a port, not a Unix socket");
   if (unix !== undefined) await removeStaleSocket(unix);
   if (workers === 1) return serve({ ...options, routes: routesFor(options) });
   if (unix !== undefined) throw new UsageError("--workers share a port, not a Unix socket");
@@ -4344,12 +4348,11 @@ function routesFor({ root, body }: ServeOptions): readonly Route[] {
 
 /** A socket file that a killed server left behind is removed; one that somebody listens on is not. */
 async function removeStaleSocket(path: string): Promise<void> {
-  const info = await orNothing(Deno.lstat(path));
-  if (!info?.isSocket) return;
   try {
     (await Deno.connect({ transport: "unix", path })).close();
   } catch (error) {
-    if (error instanceof Deno.errors.ConnectionRefused) await Deno.remove(path);
+    const isSocket = error instanceof Deno.errors.ConnectionRefused && (await Deno.lstat(path)).isSocket;
+    if (isSocket) await Deno.remove(path);
   }
 }
 

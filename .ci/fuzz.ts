@@ -1,0 +1,432 @@
+/**
+ * Feeds the server random and broken input over real sockets, and holds its answers against a reading of the
+ * RFCs that shares nothing with server.ts: a parser of requests (what is owed?), a parser of responses
+ * (is it paid, in order, and nothing more?), and small models of ranges, preconditions and encoders.
+ *
+ * ```sh
+ * deno run -A .ci/fuzz.ts --seconds 60 --seed 7          # the first finding ends it, with status 1
+ * deno run -A .ci/fuzz.ts --seed 7 --from 4711 --count 1 # that one case again
+ * ```
+ *
+ * Every case depends on the seed and its own number alone.
+ *
+ * @module
+ */
+
+import { encode, type Route, serve, type Server, type ServeOptions } from "../server.ts";
+
+// ── Chance ──────────────────────────────────────────────────────────────────────────────────────
+
+/** Random numbers that a seed determines (splitmix32). */
+class Random {
+  #state: number;
+
+  constructor(seed: number, iteration: number) {
+    this.#state = Math.imul(seed, 0x9e3779b1) ^ Math.imul(iteration, 0x85ebca6b);
+    this.below(1), this.below(1);
+  }
+
+  /** A whole number from 0 up to, not including, `limit`. */
+  below(limit: number): number {
+    let z = this.#state = this.#state + 0x9e3779b9 | 0;
+    z = Math.imul(z ^ z >>> 16, 0x21f0aaad);
+    z = Math.imul(z ^ z >>> 15, 0x735a2d97);
+    return Math.floor(((z ^ z >>> 15) >>> 0) / 2 ** 32 * limit);
+  }
+
+  chance(probability: number): boolean {
+    return this.below(1e6) < probability * 1e6;
+  }
+
+  pick<T>(list: ArrayLike<T>): T {
+    return list[this.below(list.length)]!;
+  }
+
+  /** Up to `most` things, each made anew. */
+  some<T>(most: number, make: () => T): T[] {
+    return Array.from({ length: this.below(most + 1) }, make);
+  }
+}
+
+/** What must not happen did. */
+class Violation extends Error {}
+
+function insist(condition: unknown, message: string): asserts condition {
+  if (!condition) throw new Violation(message);
+}
+
+const latin1 = (bytes: Uint8Array): string => {
+  let text = "";
+  for (let at = 0; at < bytes.length; at += 8192) text += String.fromCharCode(...bytes.subarray(at, at + 8192));
+  return text;
+};
+const toBytes = (text: string): Uint8Array<ArrayBuffer> => Uint8Array.from(text, (byte) => byte.charCodeAt(0));
+const utf8 = (text: string): string => latin1(new TextEncoder().encode(text));
+const escaped = (text: string): string =>
+  JSON.stringify(text).replace(
+    /\\u00(..)|[^ -~]/g,
+    (byte, hex) => `\\x${hex ?? byte.charCodeAt(0).toString(16).padStart(2, "0")}`,
+  );
+
+// ── What a request is owed (RFC 9112) ───────────────────────────────────────────────────────────
+// Where the RFC leaves a choice, `doubt` is set: refusing and serving are then both right.
+
+const MAX_BODY = 4096;
+const TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+";
+const REQUEST_LINE = new RegExp(`^(${TOKEN}) ([\\x21-\\x7e\\x80-\\xff]+) HTTP/(\\d)\\.(\\d)$`);
+const FIELD = new RegExp(`^(${TOKEN}):[ \\t]*((?:[\\x21-\\x7e\\x80-\\xff](?:[\\t -~\\x80-\\xff]*[!-~\\x80-\\xff])?)?)[ \\t]*$`);
+const CHUNK_EXTENSION = new RegExp(`^(?:[ \\t]*;[ \\t]*${TOKEN}(?:[ \\t]*=[ \\t]*(?:${TOKEN}|"[^"\\\\]*"))?)*$`);
+const AUTHORITY = /^(?:(?:[\w.~!$&'()*+,;=-]|%[\dA-Fa-f]{2})*|\[(?:[\dA-Fa-f]{0,4}:){2,7}[\dA-Fa-f]{0,4}\])(?::\d{0,5})?$/;
+const OUR_HOST = /^(?:localhost|\[?127\.0\.0\.1\]?|\[::1\]|.*\.localhost)\.?(?::\d*)?$/i;
+
+interface Asked {
+  readonly kind: "asked";
+  readonly doubt: boolean;
+  /** Where the next request begins. */
+  readonly end: number;
+  readonly method: string;
+  readonly path: string;
+  readonly authority: string;
+  readonly minor: number;
+  readonly persistent: boolean;
+  readonly expects: string | undefined;
+  readonly content: Body;
+}
+
+/** Content of a message: all of it, cut off, malformed, or longer than is taken. */
+type Body = { readonly is: "whole"; readonly text: string; readonly end: number } | { readonly is: "cut" | "bad" | "long" };
+
+/** What stands at `at` of all that was sent: nothing, a request, a bad one, or the beginning of one. */
+function readRequest(wire: string, at: number): Asked | { readonly kind: "nothing" | "bad" | "begun" } {
+  const blank = /^(?:\r\n)*/.exec(wire.slice(at))![0].length, start = at + blank;
+  if (start === wire.length) return { kind: "nothing" };
+  const headEnd = wire.indexOf("\r\n\r\n", start);
+  if (headEnd < 0) return { kind: "begun" };
+  const lines = wire.slice(start, headEnd).split("\r\n"), fields: [string, string][] = [];
+  const [, method, target, major, minor] = REQUEST_LINE.exec(lines[0]!) ?? [];
+  for (const line of lines.slice(1)) {
+    const [, name, value] = FIELD.exec(line) ?? [];
+    if (name === undefined || value === undefined) return { kind: "bad" };
+    fields.push([name.toLowerCase(), value]);
+  }
+  const tooLong = headEnd + 4 - start > 16384 || fields.length > 100;
+  if (!method || !target || major !== "1" || tooLong || target.length > 8192) return { kind: "bad" };
+  const all = (wanted: string) => fields.filter(([name]) => name === wanted).map(([, value]) => value);
+  const framing = readFraming(all("content-length"), all("transfer-encoding"), minor === "0");
+  const place = readTarget(method, target, all("host"), minor === "0");
+  if (framing === undefined || place === undefined) return { kind: "bad" };
+  const options = all("connection").join().toLowerCase().split(",").map((option) => option.trim());
+  const content = framing.chunked
+    ? readChunks(wire, headEnd + 4, false)
+    : readLength(wire, headEnd + 4, framing.length);
+  return {
+    kind: "asked",
+    doubt: framing.doubt || place.doubt || blank > 2 || headEnd + 4 - at > 16384,
+    end: content.is === "whole" ? content.end : wire.length,
+    method,
+    ...place,
+    minor: Number(minor),
+    persistent: !options.includes("close") && (minor !== "0" || options.includes("keep-alive")),
+    expects: all("expect").length > 0 ? all("expect").join(", ").toLowerCase() : undefined,
+    content,
+  };
+}
+
+/** RFC 9112 §6.3; both lengths at once, or a coding in HTTP/1.0, are refused here. */
+function readFraming(lengths: string[], codings: string[], old: boolean) {
+  const coding = codings.join(",").toLowerCase().split(",").map((part) => part.trim()).filter((part) => part !== "");
+  if (codings.length > 0) {
+    if (lengths.length > 0 || old || coding.join() !== "chunked") return undefined;
+    return { chunked: true, length: 0, doubt: codings.join() !== "chunked" };
+  }
+  const members = lengths.join(",").split(",").map((part) => part.trim());
+  if (lengths.length > 0 && !members.every((part) => /^\d+$/.test(part) && part === members[0])) return undefined;
+  if (members[0]!.length > 15) return Number(members[0]) > 1e15 ? undefined : { chunked: false, length: Number(members[0]), doubt: true };
+  return { chunked: false, length: Number(members[0]), doubt: members.length > 1 };
+}
+
+/** RFC 9112 §3.2: the four forms, and Host. */
+function readTarget(method: string, target: string, hosts: string[], old: boolean) {
+  const [host] = hosts;
+  if (hosts.length > 1 || host === undefined && !old) return undefined;
+  if (host !== undefined && /[\s"#/<>?@[\]\\^`{|}\x80-\xff]/.test(host.replace(/^\[[^\]]*\]/, ""))) return undefined;
+  const odd = host !== undefined && !AUTHORITY.test(host);
+  if (method === "CONNECT") {
+    if (/^[/*]/.test(target)) return undefined;
+    return { authority: target, path: "", doubt: odd || !AUTHORITY.test(target) || !/[^:]:\d+$/.test(target) };
+  }
+  if (target === "*") return method === "OPTIONS" ? { authority: host ?? "", path: "*", doubt: odd } : undefined;
+  const absolute = /^([a-z][\w+.-]*):\/\/([^/?#]*)([^#]*)$/i.exec(target);
+  if (!absolute && !target.startsWith("/")) return /^[a-z][\w+.-]*:/i.test(target) ? { authority: "", path: "", doubt: true } : undefined;
+  const authority = absolute ? absolute[2]! : host ?? "", rest = absolute ? absolute[3]! : target;
+  const doubt = odd || /[^\w.~!$&'()*+,;=:@/?%-]|%(?![\dA-Fa-f]{2})/.test(rest) ||
+    absolute && (!/^https?$/i.test(absolute[1]!) || authority === "" || !AUTHORITY.test(authority));
+  return { authority, path: rest.split("?")[0] || "/", doubt: Boolean(doubt) };
+}
+
+function readLength(wire: string, at: number, length: number): Body {
+  if (length > MAX_BODY) return { is: "long" };
+  return wire.length - at < length ? { is: "cut" } : { is: "whole", text: wire.slice(at, at + length), end: at + length };
+}
+
+/** RFC 9112 §7.1. The server bounds the content of requests, and ignores what a chunk's extensions say. */
+function readChunks(wire: string, at: number, isRequest: boolean): Body {
+  let text = "", fault: "cut" | "bad" = "cut";
+  const readLine = (): string | undefined => {
+    const end = wire.indexOf("\n", at), line = wire.slice(at, end < 0 ? wire.length : end);
+    if (line.length > 1024 || end >= 0 && !line.endsWith("\r")) fault = "bad";
+    if (end < 0 || fault === "bad") return undefined;
+    at = end + 1;
+    return line.slice(0, -1);
+  };
+  for (let size = -1; size !== 0;) {
+    const line = readLine();
+    if (line === undefined) return { is: fault };
+    const [, digits, extension] = /^([\dA-Fa-f]{1,8})((?:[ \t]*;[\t -~\x80-\xff]*)?)$/.exec(line) ?? [];
+    if (digits === undefined || !isRequest && !CHUNK_EXTENSION.test(extension!)) return { is: "bad" };
+    size = parseInt(digits, 16);
+    text += wire.slice(at, at += size);
+    if (isRequest && text.length > MAX_BODY) return { is: "long" };
+    if (at > wire.length) return { is: "cut" };
+    const rest = size === 0 ? "" : readLine();
+    if (rest !== "") return { is: rest === undefined ? fault : "bad" };
+  }
+  for (let line, size = 0; (line = readLine()) !== "";) {
+    if (line === undefined) return { is: fault };
+    if (!FIELD.test(line) || (size += line.length) > 16384) return { is: "bad" };
+  }
+  return { is: "whole", text, end: at };
+}
+
+// ── What was answered ───────────────────────────────────────────────────────────────────────────
+// A strict reader of responses: whatever a client could stumble over is a violation.
+
+interface Answer {
+  readonly status: number;
+  readonly fields: ReadonlyMap<string, string>;
+  readonly closes: boolean;
+  readonly body: string;
+  readonly end: number;
+}
+
+const STATUS_LINE = /^HTTP\/1\.1 ([1-5]\d\d) [\t -~\x80-\xff]*$/;
+const DATE = /^(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun), \d\d (?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) \d{4} \d\d:\d\d:\d\d GMT$/;
+
+/** The answer at `at`; undefined if it is not there in full. */
+function readAnswer(wire: string, at: number, asked: Partial<Asked>, ended: boolean): Answer | undefined {
+  const headEnd = wire.indexOf("\r\n\r\n", at);
+  if (headEnd < 0) return undefined;
+  const [statusLine, ...lines] = wire.slice(at, headEnd).split("\r\n"), fields = new Map<string, string>();
+  const status = Number(STATUS_LINE.exec(statusLine!)?.[1]);
+  insist(status, `status line ${escaped(statusLine!.slice(0, 99))}`);
+  for (const line of lines) {
+    const [, name, value] = FIELD.exec(line) ?? [];
+    insist(name !== undefined && value !== undefined, `field line ${escaped(line)}`);
+    insist(!fields.has(name.toLowerCase()), `twice the field ${name}`);
+    fields.set(name.toLowerCase(), value);
+  }
+  const length = fields.get("content-length"), coding = fields.get("transfer-encoding"), bodyStart = headEnd + 4;
+  const closes = fields.get("connection") === "close", place = fields.get("location");
+  insist(status < 200 || DATE.test(fields.get("date") ?? ""), "no Date");
+  insist(status !== 405 || fields.has("allow"), "405 without Allow");
+  insist(status !== 206 || fields.has("content-range") || /^multipart/.test(fields.get("content-type")!), "206 of what?");
+  insist(place === undefined || /^\/(?![/\\])[!-~]*$/.test(place), `Location ${place}`);
+  insist(length === undefined || coding === undefined && /^\d+$/.test(length), "Content-Length");
+  insist(coding === undefined || coding === "chunked" && asked.minor !== 0, `Transfer-Encoding ${coding}`);
+  insist(status !== 500, "500");
+  const bodiless = status < 200 || status === 204 || status === 304;
+  insist(!bodiless || status === 304 || !length && !coding, `a length with ${status}`);
+  if (bodiless || asked.method === "HEAD") return { status, fields, closes, body: "", end: bodyStart };
+  if (coding !== undefined) {
+    const content = readChunks(wire, bodyStart, false);
+    insist(content.is !== "bad", "malformed chunks");
+    return content.is === "whole" ? { status, fields, closes, body: content.text, end: content.end } : undefined;
+  }
+  insist(length !== undefined || closes && asked.minor === 0, "no way to find the end of the content");
+  const end = length === undefined ? wire.length : bodyStart + Number(length);
+  if (wire.length < end || length === undefined && !ended) return undefined;
+  return { status, fields, closes, body: wire.slice(bodyStart, end), end };
+}
+
+/** Whether all that was asked is answered. Throws if it is answered wrongly, or, once the connection ended, not at all. */
+function judge(sent: string, received: string, ended: boolean, checksHost: boolean): boolean {
+  let at = 0;
+  const take = (asked: Partial<Asked>, wanted: string): Answer | undefined => {
+    const answer = readAnswer(received, at, asked, ended);
+    insist(answer || !ended, `no answer to ${wanted}; ${received.length - at} bytes left`);
+    at = answer?.end ?? at;
+    return answer;
+  };
+  const isEnd = () => {
+    insist(at === received.length, `more than was asked for: ${escaped(received.slice(at, at + 200))}`);
+    return true;
+  };
+  const isRefusal = ({ status, closes }: Answer) => status >= 400 && closes;
+  for (let asked = readRequest(sent, 0);; asked = readRequest(sent, asked.end)) {
+    if (asked.kind === "nothing") return at === received.length || isRefusal(take({}, "nothing")!) && isEnd();
+    if (asked.kind !== "asked") {
+      if (asked.kind === "begun" && !ended) return true;
+      const answer = take({}, `a request that is ${asked.kind}`);
+      if (answer === undefined) return false;
+      insist(isRefusal(answer), `${answer.status} for a request that is ${asked.kind}`);
+      return isEnd();
+    }
+    const { method, path, persistent, content, expects, minor } = asked, what = escaped(`${method} ${path}`);
+    if (content.is === "cut" && (!ended || at === received.length)) return true;
+    let answer = take(asked, what);
+    if (answer?.status === 100) {
+      insist(expects === "100-continue" && minor > 0 && content.is !== "long", "100 that nobody expects");
+      if (content.is === "cut" && at === received.length) return true;
+      answer = take(asked, what);
+    }
+    if (answer === undefined) return false;
+    if (asked.doubt && isRefusal(answer)) return isEnd();
+    const { status, closes, body } = answer;
+    if (content.is !== "whole") {
+      insist(!/^\/echo/.test(path) || method !== "POST" || status >= 400, `${status} for content that is ${content.is}`);
+      return isEnd();
+    }
+    const known = OUR_HOST.test(asked.authority), served = expects === undefined || expects === "100-continue";
+    insist(!checksHost || asked.doubt || known === (status !== 421) || !served || minor === 0, `${status} for that host`);
+    const tag = /^\/(?:tag|constant|slow|stream|web)\/(\d{1,9})$/.exec(path)?.[1];
+    if (served && status !== 421 && tag !== undefined && (method === "GET" || method === "HEAD")) {
+      insist(status === 200 && (method === "HEAD" || body === tag), `${what}: ${status} ${escaped(body.slice(0, 99))}`);
+    }
+    if (served && status !== 421 && /^\/echo(?:-web)?$/.test(path) && method === "POST") {
+      insist(status === 200 && body === content.text, `${what}: ${status}, ${body.length} bytes are not the content`);
+    }
+    const mayClose = expects !== undefined && content.text !== "";
+    insist(closes || persistent, "the connection stays although close was asked for");
+    if (closes) {
+      insist(!persistent || mayClose, "Connection: close without need");
+      return isEnd();
+    }
+    insist(minor > 0 || answer.fields.get("connection") === "keep-alive", "HTTP/1.0 is not told keep-alive");
+  }
+}
+
+// ── What is sent ────────────────────────────────────────────────────────────────────────────────
+
+const METHODS = ["GET", "HEAD", "POST", "OPTIONS", "PUT", "DELETE", "TRACE", "CONNECT", "PATCH", "BREW", "get", "G"];
+const PATH_PIECES = (".. . / // \\ %2e %2E%2e %2f %5c %5C.. %00 %0d%0a %c0%ae %e4%bd%a0 %c4%e3 %ff %u002e %252e ; : ? # @ ~ " +
+  "a.txt dir dir/ link folder-link inside canary.txt outside/canary.txt .hidden index.html text.txt a.bin evil.example " +
+  "?charset=gbk ?charset=utf-16 ?charset=x ?sort=size&desc ?q=%00 ?page=9 &_charset_=big5 ?a=%E4&b=&#1; \xe4\xbd").split(" ");
+const ODD_TARGETS = ["*", "http://localhost/tag/1", "HTTP://127.0.0.1:80?x", "http://evil.example/a.txt", "http:///a.txt", "ftp://localhost/",
+  "localhost:80", "a.txt", "//evil.example/..", "/\\evil.example/..", "http://u@localhost/", "/%", "/a#b", "/" + "a".repeat(8200)];
+const FIELDS = ("Connection: close|Connection: keep-alive|connection: Keep-Alive, x|Connection: x, CLOSE|Accept-Encoding: gzip, br;q=0.5|" +
+  "Accept-Charset: gbk, *;q=0.1|Accept-Charset: big5;q=2|Range: bytes=0-4,6-|Range: bytes=-0|If-Range: x|If-None-Match: *|If-Match: \"x\"|" +
+  "If-Modified-Since: Sun, 06 Nov 1994 08:49:37 GMT|If-Unmodified-Since: Sunday, 06-Nov-94 08:49:37 GMT|Accept: application/json|Cookie: a=b|" +
+  "Content-Type: application/x-www-form-urlencoded|Content-Type: text/plain;charset=gbk|X-Y: \x80\xff|X:|Upgrade: h2c|Access-Control-Request-Method: GET|Origin: null").split("|");
+const ODD_FIELDS = ("Content-Length: 5|Content-Length: +5|Content-Length: -1|Content-Length: 5, 5|Content-Length: 5, 6|Content-Length: 0x5|Content-Length: 1e1|Content-Length:|" +
+  "Content-Length: 18446744073709551617|Content-Length: 9007199254740993|Content-Length: 000000000000000000005|Content-Length : 5|Content-Length: 5 5|Content-Length: 4097|" +
+  "Transfer-Encoding: chunked|Transfer-Encoding: xchunked|Transfer-Encoding: chunked, chunked|Transfer-Encoding: chunked, identity|Transfer-Encoding: gzip, chunked|" +
+  "Transfer-Encoding: ,chunked|Transfer-Encoding:\x0bchunked|Transfer-Encoding: \"chunked\"|transfer-encoding: CHUNKED|Transfer-Encoding: chunked;q=1|Transfer-Encoding:|" +
+  "Transfer_Encoding: chunked| folded|\tfolded|X: a\r\n b|X\0: y|X: \0|X: \r|X: a\nContent-Length: 3|: x|noname|X Y: z|Host: localhost|Host: evil.example|Host: |Host: a b|" +
+  "Host: localhost:99999999|Host: [::1]|Host: localhost.:1|Host: a@localhost|Host: LOCALHOST, localhost|Expect: 100-continue|Expect: 100-Continue|Expect: x|Expect: 100-continue, x").split("|");
+const BYTES = "\0\t\n\r !\"#%*,-./0159:;=?A[\\]f{\x7f\x80\x85\xa0\xff";
+const CHUNK_LINES = ["5", "005", "0", "5;a=b", "5 ;a", "5 ", " 5", "+5", "-5", "0x5", "5;\n", "5;\"\r\n\"", "", "g", "FFFFFFFF", "100000005", "5;" + "a".repeat(1030)];
+
+function chunked(random: Random, text: string): string {
+  let wire = "";
+  for (let at = 0, size; at < text.length; at += size) {
+    size = 1 + random.below(Math.min(text.length - at, 700));
+    const line = random.chance(0.02) ? random.pick(CHUNK_LINES) : size.toString(16) + (random.chance(0.1) ? ";a=\"b\"" : "");
+    wire += line + "\r\n" + text.slice(at, at + size) + (random.chance(0.01) ? random.pick(BYTES) : "") + "\r\n";
+  }
+  return wire + (random.chance(0.05) ? "000;x" : "0") + "\r\n" + random.some(1, () => random.pick(random.chance(0.1) ? ODD_FIELDS : FIELDS) + "\r\n").join("") + "\r\n";
+}
+
+/** One request, usually sound. */
+function makeRequest(random: Random, number: number): string {
+  const odd = (probability: number) => random.chance(probability);
+  const isPost = odd(0.25), method = odd(0.15) ? random.pick(METHODS) : isPost ? "POST" : odd(0.1) ? "HEAD" : "GET";
+  const tagged = `/${random.pick(["tag", "constant", "slow", "stream", "web"])}/${odd(0.3) ? 7 : number}`;
+  const soup = "/" + random.some(6, () => random.pick(PATH_PIECES) + (odd(0.5) ? "/" : "")).join("");
+  const target = odd(0.05) ? random.pick(ODD_TARGETS) : isPost ? random.pick(["/echo", "/echo", "/echo-web", "/form", tagged]) : odd(0.6) ? tagged : soup;
+  const version = odd(0.12) ? "1.0" : odd(0.02) ? random.pick(["1.9", "2.0", "0.9", "1.10", "1", " 1.1", "1.1 "]) : "1.1";
+  const fields = ["Host: " + (odd(0.97) ? "localhost" : random.pick(["evil.example", "", "localhost:1", "a.localhost"]))];
+  fields.push(...random.some(odd(0.2) ? 6 : 1, () => random.pick(FIELDS)), ...random.some(odd(0.12) ? 2 : 0, () => random.pick(ODD_FIELDS)));
+  if (odd(0.002)) fields.push(...Array.from({ length: 95 + random.below(8) }, () => "X: y"));
+  if (odd(0.002)) fields.push("X: " + "y".repeat(16200 + random.below(300)));
+  const size = odd(0.01) ? MAX_BODY - 2 + random.below(5) : random.below(odd(0.1) ? 3000 : 40);
+  const text = Array.from({ length: size }, () => random.pick(odd(0.5) ? BYTES : "GET / HTTP/1.1\r\n%&=")).join("");
+  let content = "";
+  if (isPost && odd(0.4)) fields.push("Transfer-Encoding: chunked"), content = chunked(random, text);
+  else if (isPost || odd(0.05)) fields.push(`Content-Length: ${odd(0.03) ? random.below(50) : size}`), content = text;
+  if (odd(0.5)) for (let i = fields.length; i > 1;) { const j = random.below(i--); [fields[i], fields[j]] = [fields[j]!, fields[i]!]; }
+  const begin = odd(0.03) ? random.pick(["\r\n", "\r\n\r\n", "\n", " "]) : "";
+  return `${begin}${method} ${target} HTTP/${version}\r\n${fields.join("\r\n")}\r\n\r\n${content}`;
+}
+
+/** Changes, adds, removes, repeats or moves some bytes. */
+function mutate(random: Random, wire: string): string {
+  const at = random.below(wire.length + 1), next = Math.min(wire.length, at + random.below(random.chance(0.7) ? 3 : 60));
+  const before = wire.slice(0, at), part = wire.slice(at, next), after = wire.slice(next);
+  switch (random.below(6)) {
+    case 0: return before + random.pick(BYTES) + wire.slice(at + 1);
+    case 1: return before + random.pick(BYTES) + wire.slice(at);
+    case 2: return before + after;
+    case 3: return before + part + part + after;
+    case 4: return before + String.fromCharCode((wire.charCodeAt(at) || 0) ^ 1 << random.below(8)) + wire.slice(at + 1);
+    default: return before + after.slice(0, 40) + part + after.slice(40);
+  }
+}
+
+/** How bytes are sent: cut where, and what follows them. */
+interface Delivery {
+  readonly cuts: readonly number[];
+  readonly ending: "half-close" | "wait" | "reset";
+}
+
+function makeCase(random: Random): { readonly wire: string } & Delivery {
+  let number = random.below(1e9), wire = random.some(5, () => makeRequest(random, number++)).join("") + makeRequest(random, number);
+  if (random.chance(0.35)) for (let left = 1 + random.below(3); left > 0; left--) wire = mutate(random, wire);
+  const cuts = random.chance(0.03) ? Array.from({ length: Math.min(wire.length, 300) }, (_, i) => i) : random.some(random.chance(0.5) ? 0 : 4, () => random.below(wire.length + 1));
+  return { wire, cuts: cuts.sort((a, b) => a - b), ending: random.pick(["half-close", "half-close", "wait", random.chance(0.2) ? "reset" : "wait"]) };
+}
+
+// ── Sending and receiving ───────────────────────────────────────────────────────────────────────
+
+/** Longest that an exchange may take, in milliseconds. */
+const PATIENCE = 10_000;
+
+const pause = (time: number) => new Promise((resolve) => setTimeout(resolve, time));
+
+/** Sends, and reads all that comes until the end; `isEnough` tells when to say that nothing more will be sent. */
+async function exchange(port: number, wire: string, delivery: Delivery, isEnough: (received: string) => boolean): Promise<string> {
+  using conn = await Deno.connect({ port });
+  conn.setNoDelay();
+  let received = "", halfClosed = false, done = false;
+  const halfClose = async () => {
+    if (!halfClosed) halfClosed = true, await conn.closeWrite().catch(() => {});
+  };
+  const read = async () => {
+    const buffer = new Uint8Array(65536);
+    for (let count; (count = await conn.read(buffer).catch(() => null)) !== null;) {
+      received += latin1(buffer.subarray(0, count));
+      if (done && delivery.ending === "wait" && isEnough(received)) await halfClose();
+    }
+  };
+  const write = async () => {
+    const bytes = toBytes(wire);
+    try {
+      for (const [i, cut] of [...delivery.cuts, bytes.length].entries()) {
+        for (let at = delivery.cuts[i - 1] ?? 0; at < cut;) at += await conn.write(bytes.subarray(at, cut));
+        if (i < 4 && i < delivery.cuts.length) await pause(0);
+      }
+    } catch { /* The server had enough. */ }
+    done = true;
+    if (delivery.ending === "half-close" || isEnough(received)) await halfClose();
+  };
+  if (delivery.ending === "reset") return await write().then(() => "");
+  let timer;
+  const late = new Promise<never>((_, reject) => {
+    timer = setTimeout(() => reject(new Violation(`no end; received ${escaped(received.slice(-300))}`)), PATIENCE);
+  });
+  try {
+    await Promise.race([Promise.all([read(), write()]), late]);
+  } finally {
+    clearTimeout(timer);
+  }
+  return received;
+}
