@@ -13,7 +13,7 @@
  * @module
  */
 
-import { encode, type Route, serve, type Server, type ServeOptions } from "../server.ts";
+import { encode, type Route, serve, type ServeOptions, type Server } from "../server.ts";
 
 // ── Chance ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -74,9 +74,12 @@ const escaped = (text: string): string =>
 const MAX_BODY = 4096;
 const TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+";
 const REQUEST_LINE = new RegExp(`^(${TOKEN}) ([\\x21-\\x7e\\x80-\\xff]+) HTTP/(\\d)\\.(\\d)$`);
-const FIELD = new RegExp(`^(${TOKEN}):[ \\t]*((?:[\\x21-\\x7e\\x80-\\xff](?:[\\t -~\\x80-\\xff]*[!-~\\x80-\\xff])?)?)[ \\t]*$`);
+const FIELD = new RegExp(
+  `^(${TOKEN}):[ \\t]*((?:[\\x21-\\x7e\\x80-\\xff](?:[\\t -~\\x80-\\xff]*[!-~\\x80-\\xff])?)?)[ \\t]*$`,
+);
 const CHUNK_EXTENSION = new RegExp(`^(?:[ \\t]*;[ \\t]*${TOKEN}(?:[ \\t]*=[ \\t]*(?:${TOKEN}|"[^"\\\\]*"))?)*$`);
-const AUTHORITY = /^(?:(?:[\w.~!$&'()*+,;=-]|%[\dA-Fa-f]{2})*|\[(?:[\dA-Fa-f]{0,4}:){2,7}[\dA-Fa-f]{0,4}\])(?::\d{0,5})?$/;
+const AUTHORITY =
+  /^(?:(?:[\w.~!$&'()*+,;=-]|%[\dA-Fa-f]{2})*|\[(?:[\dA-Fa-f]{0,4}:){2,7}[\dA-Fa-f]{0,4}\])(?::\d{0,5})?$/;
 const OUR_HOST = /^(?:localhost|\[?127\.0\.0\.1\]?|\[::1\]|.*\.localhost)\.?(?::\d*)?$/i;
 
 interface Asked {
@@ -94,7 +97,9 @@ interface Asked {
 }
 
 /** Content of a message: all of it, cut off, malformed, or longer than is taken. */
-type Body = { readonly is: "whole"; readonly text: string; readonly end: number } | { readonly is: "cut" | "bad" | "long" };
+type Body = { readonly is: "whole"; readonly text: string; readonly end: number } | {
+  readonly is: "cut" | "bad" | "long";
+};
 
 /** What stands at `at` of all that was sent: nothing, a request, a bad one, or the beginning of one. */
 function readRequest(wire: string, at: number): Asked | { readonly kind: "nothing" | "bad" | "begun" } {
@@ -121,10 +126,10 @@ function readRequest(wire: string, at: number): Asked | { readonly kind: "nothin
     : readLength(wire, headEnd + 4, framing.length);
   return {
     kind: "asked",
-    doubt: framing.doubt || place.doubt || blank > 2 || headEnd + 4 - at > 16384,
     end: content.is === "whole" ? content.end : wire.length,
     method,
     ...place,
+    doubt: framing.doubt || place.doubt || blank > 2 || headEnd + 4 - at > 16384,
     minor: Number(minor),
     persistent: !options.includes("close") && (minor !== "0" || options.includes("keep-alive")),
     expects: all("expect").length > 0 ? all("expect").join(", ").toLowerCase() : undefined,
@@ -141,7 +146,9 @@ function readFraming(lengths: string[], codings: string[], old: boolean) {
   }
   const members = lengths.join(",").split(",").map((part) => part.trim());
   if (lengths.length > 0 && !members.every((part) => /^\d+$/.test(part) && part === members[0])) return undefined;
-  if (members[0]!.length > 15) return Number(members[0]) > 1e15 ? undefined : { chunked: false, length: Number(members[0]), doubt: true };
+  if (members[0]!.length > 15) {
+    return Number(members[0]) > 1e15 ? undefined : { chunked: false, length: Number(members[0]), doubt: true };
+  }
   return { chunked: false, length: Number(members[0]), doubt: members.length > 1 };
 }
 
@@ -157,7 +164,9 @@ function readTarget(method: string, target: string, hosts: string[], old: boolea
   }
   if (target === "*") return method === "OPTIONS" ? { authority: host ?? "", path: "*", doubt: odd } : undefined;
   const absolute = /^([a-z][\w+.-]*):\/\/([^/?#]*)([^#]*)$/i.exec(target);
-  if (!absolute && !target.startsWith("/")) return /^[a-z][\w+.-]*:/i.test(target) ? { authority: "", path: "", doubt: true } : undefined;
+  if (!absolute && !target.startsWith("/")) {
+    return /^[a-z][\w+.-]*:/i.test(target) ? { authority: "", path: "", doubt: true } : undefined;
+  }
   const authority = absolute ? absolute[2]! : host ?? "", rest = absolute ? absolute[3]! : target;
   const doubt = odd || /[^\w.~!$&'()*+,;=:@/?%-]|%(?![\dA-Fa-f]{2})/.test(rest) ||
     absolute && (!/^https?$/i.test(absolute[1]!) || authority === "" || !AUTHORITY.test(authority));
@@ -166,7 +175,9 @@ function readTarget(method: string, target: string, hosts: string[], old: boolea
 
 function readLength(wire: string, at: number, length: number): Body {
   if (length > MAX_BODY) return { is: "long" };
-  return wire.length - at < length ? { is: "cut" } : { is: "whole", text: wire.slice(at, at + length), end: at + length };
+  return wire.length - at < length
+    ? { is: "cut" }
+    : { is: "whole", text: wire.slice(at, at + length), end: at + length };
 }
 
 /** RFC 9112 §7.1. The server bounds the content of requests, and ignores what a chunk's extensions say. */
@@ -210,7 +221,8 @@ interface Answer {
 }
 
 const STATUS_LINE = /^HTTP\/1\.1 ([1-5]\d\d) [\t -~\x80-\xff]*$/;
-const DATE = /^(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun), \d\d (?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) \d{4} \d\d:\d\d:\d\d GMT$/;
+const DATE =
+  /^(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun), \d\d (?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) \d{4} \d\d:\d\d:\d\d GMT$/;
 
 /** The answer at `at`; undefined if it is not there in full. */
 function readAnswer(wire: string, at: number, asked: Partial<Asked>, ended: boolean): Answer | undefined {
@@ -229,7 +241,10 @@ function readAnswer(wire: string, at: number, asked: Partial<Asked>, ended: bool
   const closes = fields.get("connection") === "close", place = fields.get("location");
   insist(status < 200 || DATE.test(fields.get("date") ?? ""), "no Date");
   insist(status !== 405 || fields.has("allow"), "405 without Allow");
-  insist(status !== 206 || fields.has("content-range") || /^multipart/.test(fields.get("content-type")!), "206 of what?");
+  insist(
+    status !== 206 || fields.has("content-range") || /^multipart/.test(fields.get("content-type")!),
+    "206 of what?",
+  );
   insist(place === undefined || /^\/(?![/\\])[!-~]*$/.test(place), `Location ${place}`);
   insist(length === undefined || coding === undefined && /^\d+$/.test(length), "Content-Length");
   insist(coding === undefined || coding === "chunked" && asked.minor !== 0, `Transfer-Encoding ${coding}`);
@@ -261,14 +276,20 @@ function judge(sent: string, received: string, ended: boolean, checksHost: boole
     insist(at === received.length, `more than was asked for: ${escaped(received.slice(at, at + 200))}`);
     return true;
   };
-  const isRefusal = ({ status, closes }: Answer) => status >= 400 && closes;
-  for (let asked = readRequest(sent, 0);; asked = readRequest(sent, asked.end)) {
-    if (asked.kind === "nothing") return at === received.length || isRefusal(take({}, "nothing")!) && isEnd();
+  /** A refusal ends the connection. Whether a HEAD so bad was recognized as one is left open. */
+  const isRefusal = ({ status, closes, fields }: Answer, isHead: boolean) => {
+    if (isHead && received.length - at === Number(fields.get("content-length"))) at = received.length;
+    return status >= 400 && closes;
+  };
+  for (let begin = 0;;) {
+    const asked = readRequest(sent, begin);
+    if (asked.kind === "nothing") return isEnd();
     if (asked.kind !== "asked") {
       if (asked.kind === "begun" && !ended) return true;
-      const answer = take({}, `a request that is ${asked.kind}`);
+      const isHead = sent.slice(begin).trimStart().startsWith("HEAD ");
+      const answer = take(isHead ? { method: "HEAD" } : {}, `a request that is ${asked.kind}`);
       if (answer === undefined) return false;
-      insist(isRefusal(answer), `${answer.status} for a request that is ${asked.kind}`);
+      insist(isRefusal(answer, isHead), `${answer.status} for a request that is ${asked.kind}`);
       return isEnd();
     }
     const { method, path, persistent, content, expects, minor } = asked, what = escaped(`${method} ${path}`);
@@ -280,14 +301,20 @@ function judge(sent: string, received: string, ended: boolean, checksHost: boole
       answer = take(asked, what);
     }
     if (answer === undefined) return false;
-    if (asked.doubt && isRefusal(answer)) return isEnd();
+    if (asked.doubt && isRefusal(answer, method === "HEAD")) return isEnd();
     const { status, closes, body } = answer;
     if (content.is !== "whole") {
-      insist(!/^\/echo/.test(path) || method !== "POST" || status >= 400, `${status} for content that is ${content.is}`);
+      insist(
+        !/^\/echo/.test(path) || method !== "POST" || status >= 400,
+        `${status} for content that is ${content.is}`,
+      );
       return isEnd();
     }
     const known = OUR_HOST.test(asked.authority), served = expects === undefined || expects === "100-continue";
-    insist(!checksHost || asked.doubt || known === (status !== 421) || !served || minor === 0, `${status} for that host`);
+    insist(
+      !checksHost || asked.doubt || known === (status !== 421) || !served || minor === 0,
+      `${status} for that host`,
+    );
     const tag = /^\/(?:tag|constant|slow|stream|web)\/(\d{1,9})$/.exec(path)?.[1];
     if (served && status !== 421 && tag !== undefined && (method === "GET" || method === "HEAD")) {
       insist(status === 200 && (method === "HEAD" || body === tag), `${what}: ${status} ${escaped(body.slice(0, 99))}`);
@@ -295,45 +322,89 @@ function judge(sent: string, received: string, ended: boolean, checksHost: boole
     if (served && status !== 421 && /^\/echo(?:-web)?$/.test(path) && method === "POST") {
       insist(status === 200 && body === content.text, `${what}: ${status}, ${body.length} bytes are not the content`);
     }
-    const mayClose = expects !== undefined && content.text !== "";
+    const mayClose = expects !== undefined && content.text !== "" ||
+      minor === 0 && !answer.fields.has("content-length");
     insist(closes || persistent, "the connection stays although close was asked for");
     if (closes) {
       insist(!persistent || mayClose, "Connection: close without need");
       return isEnd();
     }
     insist(minor > 0 || answer.fields.get("connection") === "keep-alive", "HTTP/1.0 is not told keep-alive");
+    begin = asked.end;
   }
 }
 
 // ── What is sent ────────────────────────────────────────────────────────────────────────────────
 
 const METHODS = ["GET", "HEAD", "POST", "OPTIONS", "PUT", "DELETE", "TRACE", "CONNECT", "PATCH", "BREW", "get", "G"];
-const PATH_PIECES = (".. . / // \\ %2e %2E%2e %2f %5c %5C.. %00 %0d%0a %c0%ae %e4%bd%a0 %c4%e3 %ff %u002e %252e ; : ? # @ ~ " +
-  "a.txt dir dir/ link folder-link inside canary.txt outside/canary.txt .hidden index.html text.txt a.bin evil.example " +
-  "?charset=gbk ?charset=utf-16 ?charset=x ?sort=size&desc ?q=%00 ?page=9 &_charset_=big5 ?a=%E4&b=&#1; \xe4\xbd").split(" ");
-const ODD_TARGETS = ["*", "http://localhost/tag/1", "HTTP://127.0.0.1:80?x", "http://evil.example/a.txt", "http:///a.txt", "ftp://localhost/",
-  "localhost:80", "a.txt", "//evil.example/..", "/\\evil.example/..", "http://u@localhost/", "/%", "/a#b", "/" + "a".repeat(8200)];
-const FIELDS = ("Connection: close|Connection: keep-alive|connection: Keep-Alive, x|Connection: x, CLOSE|Accept-Encoding: gzip, br;q=0.5|" +
-  "Accept-Charset: gbk, *;q=0.1|Accept-Charset: big5;q=2|Range: bytes=0-4,6-|Range: bytes=-0|If-Range: x|If-None-Match: *|If-Match: \"x\"|" +
-  "If-Modified-Since: Sun, 06 Nov 1994 08:49:37 GMT|If-Unmodified-Since: Sunday, 06-Nov-94 08:49:37 GMT|Accept: application/json|Cookie: a=b|" +
-  "Content-Type: application/x-www-form-urlencoded|Content-Type: text/plain;charset=gbk|X-Y: \x80\xff|X:|Upgrade: h2c|Access-Control-Request-Method: GET|Origin: null").split("|");
-const ODD_FIELDS = ("Content-Length: 5|Content-Length: +5|Content-Length: -1|Content-Length: 5, 5|Content-Length: 5, 6|Content-Length: 0x5|Content-Length: 1e1|Content-Length:|" +
-  "Content-Length: 18446744073709551617|Content-Length: 9007199254740993|Content-Length: 000000000000000000005|Content-Length : 5|Content-Length: 5 5|Content-Length: 4097|" +
-  "Transfer-Encoding: chunked|Transfer-Encoding: xchunked|Transfer-Encoding: chunked, chunked|Transfer-Encoding: chunked, identity|Transfer-Encoding: gzip, chunked|" +
-  "Transfer-Encoding: ,chunked|Transfer-Encoding:\x0bchunked|Transfer-Encoding: \"chunked\"|transfer-encoding: CHUNKED|Transfer-Encoding: chunked;q=1|Transfer-Encoding:|" +
-  "Transfer_Encoding: chunked| folded|\tfolded|X: a\r\n b|X\0: y|X: \0|X: \r|X: a\nContent-Length: 3|: x|noname|X Y: z|Host: localhost|Host: evil.example|Host: |Host: a b|" +
-  "Host: localhost:99999999|Host: [::1]|Host: localhost.:1|Host: a@localhost|Host: LOCALHOST, localhost|Expect: 100-continue|Expect: 100-Continue|Expect: x|Expect: 100-continue, x").split("|");
-const BYTES = "\0\t\n\r !\"#%*,-./0159:;=?A[\\]f{\x7f\x80\x85\xa0\xff";
-const CHUNK_LINES = ["5", "005", "0", "5;a=b", "5 ;a", "5 ", " 5", "+5", "-5", "0x5", "5;\n", "5;\"\r\n\"", "", "g", "FFFFFFFF", "100000005", "5;" + "a".repeat(1030)];
+const PATH_PIECES =
+  (".. . / // \\ %2e %2E%2e %2f %5c %5C.. %00 %0d%0a %c0%ae %e4%bd%a0 %c4%e3 %ff %u002e %252e ; : ? # @ ~ " +
+    "a.txt dir dir/ link folder-link inside canary.txt outside/canary.txt .hidden index.html text.txt a.bin evil.example " +
+    "?charset=gbk ?charset=utf-16 ?charset=x ?sort=size&desc ?q=%00 ?page=9 &_charset_=big5 ?a=%E4&b=&#1; \xe4\xbd")
+    .split(" ");
+const ODD_TARGETS = [
+  "*",
+  "http://localhost/tag/1",
+  "HTTP://127.0.0.1:80?x",
+  "http://evil.example/a.txt",
+  "http:///a.txt",
+  "ftp://localhost/",
+  "localhost:80",
+  "a.txt",
+  "//evil.example/..",
+  "/\\evil.example/..",
+  "http://u@localhost/",
+  "/%",
+  "/a#b",
+  "/" + "a".repeat(8200),
+];
+const FIELDS =
+  ("Connection: close|Connection: keep-alive|connection: Keep-Alive, x|Connection: x, CLOSE|Accept-Encoding: gzip, br;q=0.5|" +
+    'Accept-Charset: gbk, *;q=0.1|Accept-Charset: big5;q=2|Range: bytes=0-4,6-|Range: bytes=-0|If-Range: x|If-None-Match: *|If-Match: "x"|' +
+    "If-Modified-Since: Sun, 06 Nov 1994 08:49:37 GMT|If-Unmodified-Since: Sunday, 06-Nov-94 08:49:37 GMT|Accept: application/json|Cookie: a=b|" +
+    "Content-Type: application/x-www-form-urlencoded|Content-Type: text/plain;charset=gbk|X-Y: \x80\xff|X:|Upgrade: h2c|Access-Control-Request-Method: GET|Origin: null")
+    .split("|");
+const ODD_FIELDS =
+  ("Content-Length: 5|Content-Length: +5|Content-Length: -1|Content-Length: 5, 5|Content-Length: 5, 6|Content-Length: 0x5|Content-Length: 1e1|Content-Length:|" +
+    "Content-Length: 18446744073709551617|Content-Length: 9007199254740993|Content-Length: 000000000000000000005|Content-Length : 5|Content-Length: 5 5|Content-Length: 4097|" +
+    "Transfer-Encoding: chunked|Transfer-Encoding: xchunked|Transfer-Encoding: chunked, chunked|Transfer-Encoding: chunked, identity|Transfer-Encoding: gzip, chunked|" +
+    'Transfer-Encoding: ,chunked|Transfer-Encoding:\x0bchunked|Transfer-Encoding: "chunked"|transfer-encoding: CHUNKED|Transfer-Encoding: chunked;q=1|Transfer-Encoding:|' +
+    "Transfer_Encoding: chunked| folded|\tfolded|X: a\r\n b|X\0: y|X: \0|X: \r|X: a\nContent-Length: 3|: x|noname|X Y: z|Host: localhost|Host: evil.example|Host: |Host: a b|" +
+    "Host: localhost:99999999|Host: [::1]|Host: localhost.:1|Host: a@localhost|Host: LOCALHOST, localhost|Expect: 100-continue|Expect: 100-Continue|Expect: x|Expect: 100-continue, x")
+    .split("|");
+const BYTES = '\0\t\n\r !"#%*,-./0159:;=?A[\\]f{\x7f\x80\x85\xa0\xff';
+const CHUNK_LINES = [
+  "5",
+  "005",
+  "0",
+  "5;a=b",
+  "5 ;a",
+  "5 ",
+  " 5",
+  "+5",
+  "-5",
+  "0x5",
+  "5;\n",
+  '5;"\r\n"',
+  "",
+  "g",
+  "FFFFFFFF",
+  "100000005",
+  "5;" + "a".repeat(1030),
+];
 
 function chunked(random: Random, text: string): string {
   let wire = "";
   for (let at = 0, size; at < text.length; at += size) {
     size = 1 + random.below(Math.min(text.length - at, 700));
-    const line = random.chance(0.02) ? random.pick(CHUNK_LINES) : size.toString(16) + (random.chance(0.1) ? ";a=\"b\"" : "");
+    const line = random.chance(0.02)
+      ? random.pick(CHUNK_LINES)
+      : size.toString(16) + (random.chance(0.1) ? ';a="b"' : "");
     wire += line + "\r\n" + text.slice(at, at + size) + (random.chance(0.01) ? random.pick(BYTES) : "") + "\r\n";
   }
-  return wire + (random.chance(0.05) ? "000;x" : "0") + "\r\n" + random.some(1, () => random.pick(random.chance(0.1) ? ODD_FIELDS : FIELDS) + "\r\n").join("") + "\r\n";
+  return wire + (random.chance(0.05) ? "000;x" : "0") + "\r\n" +
+    random.some(1, () => random.pick(random.chance(0.1) ? ODD_FIELDS : FIELDS) + "\r\n").join("") +
+    "\r\n";
 }
 
 /** One request, usually sound. */
@@ -342,10 +413,25 @@ function makeRequest(random: Random, number: number): string {
   const isPost = odd(0.25), method = odd(0.15) ? random.pick(METHODS) : isPost ? "POST" : odd(0.1) ? "HEAD" : "GET";
   const tagged = `/${random.pick(["tag", "constant", "slow", "stream", "web"])}/${odd(0.3) ? 7 : number}`;
   const soup = "/" + random.some(6, () => random.pick(PATH_PIECES) + (odd(0.5) ? "/" : "")).join("");
-  const target = odd(0.05) ? random.pick(ODD_TARGETS) : isPost ? random.pick(["/echo", "/echo", "/echo-web", "/form", tagged]) : odd(0.6) ? tagged : soup;
-  const version = odd(0.12) ? "1.0" : odd(0.02) ? random.pick(["1.9", "2.0", "0.9", "1.10", "1", " 1.1", "1.1 "]) : "1.1";
-  const fields = ["Host: " + (odd(0.97) ? "localhost" : random.pick(["evil.example", "", "localhost:1", "a.localhost"]))];
-  fields.push(...random.some(odd(0.2) ? 6 : 1, () => random.pick(FIELDS)), ...random.some(odd(0.12) ? 2 : 0, () => random.pick(ODD_FIELDS)));
+  const target = odd(0.05)
+    ? random.pick(ODD_TARGETS)
+    : isPost
+    ? random.pick(["/echo", "/echo", "/echo-web", "/form", tagged])
+    : odd(0.6)
+    ? tagged
+    : soup;
+  const version = odd(0.12)
+    ? "1.0"
+    : odd(0.02)
+    ? random.pick(["1.9", "2.0", "0.9", "1.10", "1", " 1.1", "1.1 "])
+    : "1.1";
+  const fields = [
+    "Host: " + (odd(0.97) ? "localhost" : random.pick(["evil.example", "", "localhost:1", "a.localhost"])),
+  ];
+  fields.push(
+    ...random.some(odd(0.2) ? 6 : 1, () => random.pick(FIELDS)),
+    ...random.some(odd(0.12) ? 2 : 0, () => random.pick(ODD_FIELDS)),
+  );
   if (odd(0.002)) fields.push(...Array.from({ length: 95 + random.below(8) }, () => "X: y"));
   if (odd(0.002)) fields.push("X: " + "y".repeat(16200 + random.below(300)));
   const size = odd(0.01) ? MAX_BODY - 2 + random.below(5) : random.below(odd(0.1) ? 3000 : 40);
@@ -353,22 +439,34 @@ function makeRequest(random: Random, number: number): string {
   let content = "";
   if (isPost && odd(0.4)) fields.push("Transfer-Encoding: chunked"), content = chunked(random, text);
   else if (isPost || odd(0.05)) fields.push(`Content-Length: ${odd(0.03) ? random.below(50) : size}`), content = text;
-  if (odd(0.5)) for (let i = fields.length; i > 1;) { const j = random.below(i--); [fields[i], fields[j]] = [fields[j]!, fields[i]!]; }
+  if (odd(0.5)) {
+    for (let i = fields.length; i > 1;) {
+      const j = random.below(i--);
+      [fields[i], fields[j]] = [fields[j]!, fields[i]!];
+    }
+  }
   const begin = odd(0.03) ? random.pick(["\r\n", "\r\n\r\n", "\n", " "]) : "";
   return `${begin}${method} ${target} HTTP/${version}\r\n${fields.join("\r\n")}\r\n\r\n${content}`;
 }
 
 /** Changes, adds, removes, repeats or moves some bytes. */
 function mutate(random: Random, wire: string): string {
-  const at = random.below(wire.length + 1), next = Math.min(wire.length, at + random.below(random.chance(0.7) ? 3 : 60));
+  const at = random.below(wire.length + 1),
+    next = Math.min(wire.length, at + random.below(random.chance(0.7) ? 3 : 60));
   const before = wire.slice(0, at), part = wire.slice(at, next), after = wire.slice(next);
   switch (random.below(6)) {
-    case 0: return before + random.pick(BYTES) + wire.slice(at + 1);
-    case 1: return before + random.pick(BYTES) + wire.slice(at);
-    case 2: return before + after;
-    case 3: return before + part + part + after;
-    case 4: return before + String.fromCharCode((wire.charCodeAt(at) || 0) ^ 1 << random.below(8)) + wire.slice(at + 1);
-    default: return before + after.slice(0, 40) + part + after.slice(40);
+    case 0:
+      return before + random.pick(BYTES) + wire.slice(at + 1);
+    case 1:
+      return before + random.pick(BYTES) + wire.slice(at);
+    case 2:
+      return before + after;
+    case 3:
+      return before + part + part + after;
+    case 4:
+      return before + String.fromCharCode((wire.charCodeAt(at) || 0) ^ 1 << random.below(8)) + wire.slice(at + 1);
+    default:
+      return before + after.slice(0, 40) + part + after.slice(40);
   }
 }
 
@@ -379,10 +477,17 @@ interface Delivery {
 }
 
 function makeCase(random: Random): { readonly wire: string } & Delivery {
-  let number = random.below(1e9), wire = random.some(5, () => makeRequest(random, number++)).join("") + makeRequest(random, number);
-  if (random.chance(0.35)) for (let left = 1 + random.below(3); left > 0; left--) wire = mutate(random, wire);
-  const cuts = random.chance(0.03) ? Array.from({ length: Math.min(wire.length, 300) }, (_, i) => i) : random.some(random.chance(0.5) ? 0 : 4, () => random.below(wire.length + 1));
-  return { wire, cuts: cuts.sort((a, b) => a - b), ending: random.pick(["half-close", "half-close", "wait", random.chance(0.2) ? "reset" : "wait"]) };
+  let number = random.below(1e9),
+    wire = random.some(5, () => makeRequest(random, number++)).join("") + makeRequest(random, number);
+  if (random.chance(0.35)) { for (let left = 1 + random.below(3); left > 0; left--) wire = mutate(random, wire); }
+  const cuts = random.chance(0.03)
+    ? Array.from({ length: Math.min(wire.length, 300) }, (_, i) => i)
+    : random.some(random.chance(0.5) ? 0 : 4, () => random.below(wire.length + 1));
+  return {
+    wire,
+    cuts: cuts.sort((a, b) => a - b),
+    ending: random.pick(["half-close", "half-close", "wait", random.chance(0.2) ? "reset" : "wait"]),
+  };
 }
 
 // ── Sending and receiving ───────────────────────────────────────────────────────────────────────
@@ -393,7 +498,12 @@ const PATIENCE = 10_000;
 const pause = (time: number) => new Promise((resolve) => setTimeout(resolve, time));
 
 /** Sends, and reads all that comes until the end; `isEnough` tells when to say that nothing more will be sent. */
-async function exchange(port: number, wire: string, delivery: Delivery, isEnough: (received: string) => boolean): Promise<string> {
+async function exchange(
+  port: number,
+  wire: string,
+  delivery: Delivery,
+  isEnough: (received: string) => boolean,
+): Promise<string> {
   using conn = await Deno.connect({ port });
   conn.setNoDelay();
   let received = "", halfClosed = false, done = false;
@@ -429,4 +539,435 @@ async function exchange(port: number, wire: string, delivery: Delivery, isEnough
     clearTimeout(timer);
   }
   return received;
+}
+
+// ── Files, encoders, the lab ────────────────────────────────────────────────────────────────────
+
+/** What must never be sent: it is outside ROOT, or hidden. */
+const CANARY = "CANARY-" + "d0-not-read";
+/** Has milliseconds, which HTTP dates have not. */
+const MODIFIED = 1_700_000_000_500;
+const TEXT = "Héllo, 你好, こんにちは, Привет, 안녕, ¥‾−ｱ 𠀀👋\n".repeat(100);
+const BINARY = latin1(Uint8Array.from({ length: 1000 }, (_, i) => i * i >> 3));
+
+/** A folder that holds ROOT (`root`), and beside it what is nobody's business. */
+async function makeSite(): Promise<string> {
+  const base = await Deno.realPath(await Deno.makeTempDir({ prefix: "fuzz-" })), root = `${base}/root`;
+  for (const folder of ["root/dir", "root/你好", "root-outside"]) {
+    await Deno.mkdir(`${base}/${folder}`, { recursive: true });
+  }
+  for (const path of ["canary.txt", "root-outside/canary.txt", "root/.hidden"]) {
+    await Deno.writeTextFile(`${base}/${path}`, CANARY);
+  }
+  await Deno.writeFile(`${root}/a.bin`, toBytes(BINARY));
+  for (const path of ["a.txt", "text.txt", "dir/index.html", "你好/文.html"]) {
+    await Deno.writeTextFile(`${root}/${path}`, TEXT);
+  }
+  for (const path of ["a.bin", "text.txt"]) await Deno.utime(`${root}/${path}`, new Date(MODIFIED), new Date(MODIFIED));
+  for (
+    const [to, link] of [["../canary.txt", "link"], ["..", "folder-link"], ["../root-outside", "outside"], [
+      "a.txt",
+      "inside",
+    ]]
+  ) {
+    await Deno.symlink(to!, `${root}/${link}`);
+  }
+  return base;
+}
+
+async function get(
+  port: number,
+  target: string,
+  fields: readonly string[],
+  method = "GET",
+  content = "",
+): Promise<Answer> {
+  const length = method === "POST" ? [`Content-Length: ${content.length}`] : [];
+  const wire = [`${method} ${target} HTTP/1.1`, "Host: localhost", ...length, ...fields, "", content].join("\r\n");
+  const received = await exchange(port, wire, { cuts: [], ending: "half-close" }, () => true);
+  const answer = readAnswer(received, 0, { method, minor: 1 }, true);
+  insist(answer?.end === received.length, `no single answer to ${escaped(wire)}`);
+  return answer;
+}
+
+const sameText = (a: string, b: string, what: string) =>
+  insist(
+    a === b,
+    `${what}: ${a.length} bytes, expected ${b.length}; ${escaped(a.slice(0, 60))}, expected ${escaped(b.slice(0, 60))}`,
+  );
+
+async function decompress(body: string, coding: string | undefined): Promise<string> {
+  if (coding === undefined) return body;
+  const stream = new DecompressionStream(coding === "br" ? "brotli" as "gzip" : "gzip");
+  return latin1(await new Response(new Blob([toBytes(body)]).stream().pipeThrough(stream)).bytes());
+}
+
+/** Negotiation, preconditions and ranges of a file, held against what RFC 9110 §12 to §14 say. */
+async function checkFile(random: Random, port: number): Promise<number> {
+  const isText = random.chance(0.4), charset = random.pick(["gbk", "utf-16be", "iso-2022-jp", "koi8-r", "euc-jp"]);
+  const target = isText ? "/text.txt" + (random.chance(0.5) ? `?charset=${charset}` : "") : "/a.bin";
+  const codings = random.some(
+    4,
+    () =>
+      random.pick(["gzip", "br", "*", "identity", "x"]) +
+      random.pick(["", ";q=0", ";q=0.5", "; Q=1.000", ";q=2", ";q="]),
+  );
+  const negotiation = random.chance(0.5) ? [`Accept-Encoding: ${codings.join(random.pick([",", ", ", " , ,"]))}`] : [];
+  const base = await get(port, target, negotiation),
+    etag = base.fields.get("etag")!,
+    coding = base.fields.get("content-encoding");
+  insist(base.status === 200 && etag, `${base.status} for ${target}`);
+  const plain = !isText ? BINARY : target.includes("?") ? latin1(encode(TEXT, charset, "replacement")) : utf8(TEXT);
+  sameText(await decompress(base.body, coding), plain, target);
+  const refused = codings.filter((member) => member.startsWith(`${coding}`)).every((member) => /q=0$/.test(member)) &&
+    !codings.some((member) => /^\*/.test(member));
+  insist(coding === undefined || negotiation.length > 0 && !refused, `coding ${coding}`);
+  const conditions = new Map<string, string>(), length = base.body.length;
+  const near = () => Math.max(0, random.pick([0, 1, length >> 1, length, length - 1, 1e9]) + random.below(5) - 2);
+  const spec = () => random.pick([`${near()}-`, `-${near()}`, `${near()}-${near()}`, "0-0", "-0", "-", "x-", "1-2-3"]);
+  const tags = () =>
+    random.some(2, () => random.pick([etag, `W/${etag}`, '"x"', '"x,y"'])).join(random.pick([",", ", "])) || "*";
+  const date = () => {
+    const time = new Date(MODIFIED + 1000 * (random.below(3) - 1)),
+      text = time.toUTCString(),
+      [, day, month, year, clock] = text.split(" ");
+    const weekday = time.toLocaleDateString("en", { weekday: "long", timeZone: "UTC" });
+    return random.pick([
+      text,
+      `${weekday}, ${day}-${month}-${year!.slice(2)} ${clock} GMT`,
+      `${text.slice(0, 3)} ${month} ${day} ${clock} ${year}`,
+      "0",
+      "yesterday",
+    ]);
+  };
+  for (const name of ["if-match", "if-none-match"]) if (random.chance(0.15)) conditions.set(name, tags());
+  for (const name of ["if-unmodified-since", "if-modified-since"]) {
+    if (random.chance(0.15)) conditions.set(name, date());
+  }
+  if (random.chance(0.7)) {
+    conditions.set(
+      "range",
+      random.pick(["bytes=", "bytes=", "Bytes=", "lines="]) +
+        [spec(), ...random.some(random.pick([0, 2, 20]), spec)].join(random.pick([",", ", ", " ,,"])),
+    );
+  }
+  if (random.chance(0.2)) {
+    conditions.set("if-range", random.pick([etag, `W/${etag}`, new Date(MODIFIED).toUTCString(), '"x"', "0"]));
+  }
+  const answer = await get(port, target, [...negotiation, ...Array.from(conditions, (field) => field.join(": "))]);
+  checkConditions(conditions, base, answer, etag);
+  return 2;
+}
+
+function checkConditions(conditions: ReadonlyMap<string, string>, base: Answer, answer: Answer, etag: string): void {
+  const { status, body, fields } = answer,
+    what = JSON.stringify([...conditions]),
+    modified = Math.trunc(MODIFIED / 1000) * 1000;
+  const has = (name: string, weak: boolean) => {
+    const list = conditions.get(name)!.split(/,\s*(?=W?\/?")/).map((tag) => weak ? tag.replace("W/", "") : tag);
+    return conditions.get(name) === "*" || list.includes(etag);
+  };
+  const since = (name: string) =>
+    Date.parse(/:/.test(conditions.get(name) ?? "") ? conditions.get(name)!.replace(/( \d{4})$/, "$1 GMT") : "");
+  const fails = conditions.has("if-match") ? !has("if-match", false) : modified > since("if-unmodified-since");
+  const unchanged = conditions.has("if-none-match")
+    ? has("if-none-match", true)
+    : modified <= since("if-modified-since");
+  if (fails || unchanged) {
+    return insist(status === (fails ? 412 : 304), `${status}, expected ${fails ? 412 : 304}: ${what}`);
+  }
+  const range = /^bytes=(.*)$/i.exec(conditions.get("range") ?? "")?.[1],
+    condition = conditions.get("if-range"),
+    length = base.body.length;
+  const specs = range?.split(",").map((spec) => spec.trim()).filter((spec) => spec !== "") ?? [];
+  const applies = condition === undefined || condition === etag || condition === base.fields.get("last-modified");
+  const valid = specs.length > 0 &&
+    specs.every((spec) =>
+      /^(?:\d+-\d*|-\d+)$/.test(spec) && !(Number(spec.split("-")[1] || Infinity) < Number(spec.split("-")[0]))
+    );
+  const parts = specs.map((spec) => spec.split("-") as [string, string]).map(([first, last]) =>
+    first === ""
+      ? [Math.max(0, length - Number(last)), length]
+      : [Number(first), last === "" ? length : Math.min(length, Number(last) + 1)]
+  ).filter(([start, end]) => start! < end!);
+  const overlap = parts.some(([start, end], i) =>
+    parts.some(([from, to], j) => i !== j && start! < to! && from! < end!)
+  );
+  if (!applies || !valid || specs.length > 16 || overlap) {
+    insist(status === 200, `${status}, expected 200: ${what}`);
+    return sameText(body, base.body, what);
+  }
+  if (parts.length === 0) {
+    return insist(
+      status === 416 && fields.get("content-range") === `bytes */${length}`,
+      `${status}, expected 416: ${what}`,
+    );
+  }
+  insist(status === 206, `${status}, expected 206: ${what}`);
+  const label = ([start, end]: number[]) => `bytes ${start}-${end! - 1}/${length}`,
+    type = base.fields.get("content-type");
+  const boundary = /^multipart\/byteranges; boundary=(.+)$/.exec(fields.get("content-type")!)?.[1];
+  insist((parts.length === 1) === (boundary === undefined), `a boundary for ${parts.length} ranges`);
+  if (boundary === undefined) {
+    insist(fields.get("content-range") === label(parts[0]!), `${fields.get("content-range")}: ${what}`);
+  }
+  const expected = boundary === undefined
+    ? base.body.slice(...parts[0]!)
+    : parts.map((part) =>
+      `\r\n--${boundary}\r\nContent-Type: ${type}\r\nContent-Range: ${label(part)}\r\n\r\n${base.body.slice(...part)}`
+    ).join("") + `\r\n--${boundary}--\r\n`;
+  sameText(body, expected, what);
+}
+
+const ENCODINGS =
+  ("gbk gb18030 big5 euc-jp iso-2022-jp shift_jis euc-kr utf-8 utf-16le utf-16be x-user-defined ibm866 koi8-r koi8-u macintosh windows-874 " +
+    "windows-1250 windows-1251 windows-1252 windows-1253 windows-1254 windows-1255 windows-1256 windows-1257 windows-1258 x-mac-cyrillic iso-8859-2 iso-8859-3 " +
+    "iso-8859-4 iso-8859-5 iso-8859-6 iso-8859-7 iso-8859-8 iso-8859-8-i iso-8859-10 iso-8859-13 iso-8859-14 iso-8859-15 iso-8859-16")
+    .split(" ");
+
+function randomText(random: Random, most: number): string {
+  const planes = [
+    [0, 0x80],
+    [0xa0, 0x180],
+    [0x370, 0x600],
+    [0x2010, 0x2600],
+    [0x3000, 0x3100],
+    [0x4e00, 0xa000],
+    [0xac00, 0xd7a4],
+    [0xd800, 0xe000],
+    [0xe000, 0x10000],
+    [0x20000, 0x2a700],
+    [0, 0x110000],
+  ];
+  let [first, end] = random.pick(planes) as [number, number];
+  return random.some(most, () => {
+    if (random.chance(0.2)) [first, end] = random.pick(planes) as [number, number];
+    return String.fromCodePoint(first + random.below(end - first));
+  }).join("");
+}
+
+/** Characters that an encoder writes as others (Encoding §10.2.2, §12.1.2, §12.2.2, §12.3.2). */
+const UNEQUAL = /[¥‾−\uff61-\uff9f\ue000-\uf8ff]/;
+
+/** What is encoded reads as itself; what a charset lacks, as its character reference. */
+function checkEncoder(random: Random): number {
+  const encoding = random.pick(ENCODINGS),
+    text = randomText(random, 200),
+    decoder = new TextDecoder(encoding, { ignoreBOM: true });
+  let expected = "";
+  for (const character of text.toWellFormed()) {
+    const point = character.codePointAt(0)!;
+    let read = `&#${encoding === "iso-2022-jp" && "\x0e\x0f\x1b".includes(character) ? 0xfffd : point};`;
+    try {
+      read = decoder.decode(encode(character, encoding, "fatal"));
+      insist(
+        read === character || UNEQUAL.test(character),
+        `${encoding}: ${escaped(character)} reads as ${escaped(read)}`,
+      );
+    } catch (error) {
+      insist(
+        error instanceof TypeError && error.message.includes(point.toString(16).toUpperCase()) || read === "&#65533;",
+        String(error),
+      );
+    }
+    expected += read;
+  }
+  insist(
+    decoder.decode(encode(text, encoding, "html")) === expected,
+    `${encoding}: ${escaped(text)} does not read as itself`,
+  );
+  return 0;
+}
+
+/** The lab: what is asked for is what comes, and nothing makes it stumble. */
+async function checkLab(random: Random, port: number): Promise<number> {
+  const charset = random.pick([...ENCODINGS, "hz-gb-2312", "", "\xff"]),
+    text = randomText(random, random.pick([10, 300, 3000])).toWellFormed();
+  const garbled = new TextDecoder(random.pick(ENCODINGS)).decode(encode(text, random.pick(ENCODINGS)));
+  const parameters = new URLSearchParams(random.chance(0.5) ? { text } : { text: garbled });
+  const more = {
+    charset,
+    declare: "gbk",
+    type: "html",
+    bom: "1",
+    chunk: "3",
+    meta: "big5",
+    status: "418",
+    unmappable: "replacement",
+    "\0": "",
+    _charset_: "gbk",
+  };
+  for (const [name, value] of Object.entries(more)) {
+    if (random.chance(0.2)) parameters.append(name, random.chance(0.8) ? value : randomText(random, 5));
+  }
+  const query = parameters.toString();
+  if (query.length > 7000) return 0;
+  const exact = `/text?charset=${charset}&unmappable=html`, isKnown = ENCODINGS.includes(charset);
+  const answers = [
+    await get(port, `${random.pick(["/text", "/text", "/diagnose", "/", "/charsets"])}?${query}`, []),
+    await get(port, exact, ["Content-Type: text/plain;charset=utf-8"], "POST", utf8(text)),
+  ];
+  insist(answers[1]!.status === (isKnown || charset === "" ? 200 : 400), `${answers[1]!.status} for ${escaped(exact)}`);
+  if (isKnown) sameText(answers[1]!.body, latin1(encode(text.replace(/^\ufeff/, ""), charset, "html")), exact);
+  return answers.length;
+}
+
+async function startLab(): Promise<{ port: number; stop: () => Promise<void> }> {
+  const server = new URL("../server.ts", import.meta.url).href;
+  const args = ["run", "--quiet", "--allow-net", server, "--port", "0", "--log", "none"];
+  const child = new Deno.Command(Deno.execPath(), { args, stdout: "piped", stdin: "null" }).spawn(),
+    reader = child.stdout.getReader();
+  const port = /:(\d+)\//.exec(latin1((await reader.read()).value ?? new Uint8Array()))?.[1];
+  insist(port !== undefined, "the lab does not start");
+  const stop = async () => {
+    child.kill("SIGTERM");
+    await reader.cancel();
+    insist((await child.status).success, "the lab did not end well");
+  };
+  return { port: Number(port), stop };
+}
+
+// ── All of it ───────────────────────────────────────────────────────────────────────────────────
+
+const number = /\/(?<number>\d+)$/.source;
+const ROUTES: readonly Route[] = [
+  [new RegExp("^/tag" + number), ({ params }) => params.number!],
+  [new RegExp("^/constant" + number), ({ params }) => ({ body: params.number!, constant: true })],
+  [new RegExp("^/slow" + number), ({ params }) => pause(1).then(() => params.number!)],
+  [
+    new RegExp("^/stream" + number),
+    ({ params }) => new Blob([params.number!.slice(0, 2), params.number!.slice(2)]).stream(),
+  ],
+  [new RegExp("^/web" + number), ({ request }) => new Response(new URL(request.url).pathname.split("/")[2]!)],
+  [/^\/echo$/, (incoming) => incoming.bytes(), ["POST"]],
+  [/^\/echo-web$/, async ({ request }) => new Response(await request.bytes()), ["POST"]],
+  [/^\/form$/, async (incoming) => JSON.stringify([...await incoming.form()]), ["GET", "POST"]],
+];
+
+/** What {@linkcode fuzz} is to do. */
+export interface FuzzOptions {
+  /** Every number makes other cases. @default {1} */
+  seed?: number;
+  /** Ends after this time. */
+  seconds?: number;
+  /** Ends after this many cases. @default {Infinity} */
+  iterations?: number;
+  /** Number of the first case. @default {0} */
+  from?: number;
+  /** Starts the lab as a program of its own, and tries that too. @default {false} */
+  lab?: boolean;
+  /** Told of each finding; without it the first one is thrown. */
+  onFinding?: (finding: string) => void;
+}
+
+/** Runs cases until the time or their number is used up. Throws on a finding, and if connections are left over. */
+export async function fuzz(
+  { seed = 1, seconds = Infinity, iterations = Infinity, from = 0, lab, onFinding }: FuzzOptions = {},
+): Promise<{ requests: number }> {
+  const base = await makeSite(), until = performance.now() + seconds * 1000, findings: string[] = [];
+  let requests = 0, next = from;
+  const report = (finding: string) => (findings.push(finding), onFinding?.(finding));
+  const onLog = (lines: string) => {
+    // deno-lint-ignore no-control-regex
+    const odd = lines.split("\n").find((line) =>
+      /^(?:error|answer broken|cannot)|[\0-\x08\x0b-\x1f\x7f-\x9f]/.test(line)
+    );
+    if (odd !== undefined) report(`log: ${escaped(odd)}, at about case ${next}`);
+  };
+  const common: ServeOptions = { port: 0, root: `${base}/root`, routes: ROUTES, maxBody: MAX_BODY, onLog };
+  const servers: Server[] = [{ log: "common" as const }, { charset: "gbk", cors: true, allowHost: ["*"] }, {
+    log: "wire" as const,
+    fallback: "a.txt",
+    noListing: true,
+  }]
+    .map((options) => serve({ ...common, ...options }));
+  const ports = servers.map(({ addr }) => (addr as Deno.NetAddr).port), program = lab ? await startLab() : undefined;
+  const tryWire = async (port: number, wire: string, delivery: Delivery) => {
+    const checksHost = port !== ports[1];
+    const received = await exchange(port, wire, delivery, (received) => judge(wire, received, false, checksHost));
+    insist(!received.replaceAll("\0", "").includes(CANARY), "something outside ROOT was read");
+    if (delivery.ending !== "reset") judge(wire, received, true, checksHost);
+  };
+  const fails = (port: number, wire: string, delivery: Delivery) =>
+    tryWire(port, wire, delivery).then(() => undefined, (error: Error) => error.message);
+  const runCase = async (iteration: number) => {
+    const random = new Random(seed, iteration), port = random.pick(ports), kind = random.below(100);
+    if (kind < 8) requests += await checkFile(random, ports[0]!);
+    else if (kind < 12) requests += checkEncoder(random);
+    else if (kind < 14) requests += program ? await checkLab(random, program.port) : 0;
+    else {
+      const { wire, ...delivery } = makeCase(random), message = await fails(port, wire, delivery);
+      requests += wire.split(" HTTP/").length - 1;
+      if (message !== undefined) {
+        throw new Violation(await minimize(wire, delivery, message, (...attempt) => fails(port, ...attempt)));
+      }
+    }
+  };
+  const lane = async () => {
+    while (next < from + iterations && performance.now() < until && (onFinding || findings.length === 0)) {
+      const iteration = next++;
+      await runCase(iteration).catch((error) =>
+        report(`seed ${seed}, case ${iteration}: ${error instanceof Violation ? error.message : error.stack}`)
+      );
+    }
+  };
+  const onRejection = (event: PromiseRejectionEvent) => {
+    event.preventDefault();
+    report(`unhandled rejection, at about case ${next}: ${event.reason?.stack}`);
+  };
+  globalThis.addEventListener("unhandledrejection", onRejection);
+  try {
+    await Promise.all(Array.from({ length: 16 }, lane));
+    await program?.stop();
+    const timer = setTimeout(() => report("shutdown() does not end: connections are left over"), 3000);
+    await Promise.all(servers.map((server) => server.shutdown()));
+    clearTimeout(timer);
+  } finally {
+    globalThis.removeEventListener("unhandledrejection", onRejection);
+    await Deno.remove(base, { recursive: true });
+  }
+  if (findings.length > 0) throw new Error(findings.join("\n\n"));
+  return { requests };
+}
+
+/** Leaves away what the finding does not need. */
+async function minimize(
+  wire: string,
+  delivery: Delivery,
+  message: string,
+  fails: (wire: string, delivery: Delivery) => Promise<string | undefined>,
+): Promise<string> {
+  const simple: Delivery = { cuts: [], ending: "half-close" }, original = wire;
+  const how = await fails(wire, simple) === undefined ? delivery : simple;
+  let tries = 200;
+  for (let size = wire.length >> 1; size > 0; size >>= 1) {
+    for (let at = 0; at < wire.length && tries-- > 0;) {
+      const shorter = wire.slice(0, at) + wire.slice(at + size), found = await fails(shorter, how);
+      if (found?.slice(0, 12) === message.slice(0, 12)) [wire, message] = [shorter, found];
+      else at += size;
+    }
+  }
+  return `${message}\n  ${how.ending}, cut at [${how.cuts}]: ${escaped(wire)}\n  of ${original.length} bytes`;
+}
+
+if (import.meta.main) {
+  const argument = (name: string, otherwise: number) =>
+    Number(Deno.args[Deno.args.indexOf(`--${name}`) + 1 || Infinity] ?? otherwise);
+  const seed = argument("seed", Date.now() % 1e6), iterations = argument("count", Infinity), begin = performance.now();
+  const keepsOn = Deno.args.includes("--all"), lab = !Deno.args.includes("--no-lab");
+  console.log(`seed ${seed}`);
+  try {
+    const { requests } = await fuzz({
+      seed,
+      iterations,
+      from: argument("from", 0),
+      seconds: argument("seconds", 10),
+      lab,
+      ...(keepsOn && { onFinding: console.log }),
+    });
+    console.log(`${requests} requests, ${Math.round(requests / (performance.now() - begin) * 1000)}/s, no findings`);
+  } catch (error) {
+    console.log(keepsOn ? "there were findings" : (error as Error).message);
+    Deno.exit(1);
+  }
 }
