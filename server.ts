@@ -417,10 +417,7 @@ function escapeControls(text: string): string {
 
 /** The same for text that is still bytes: everything but printable ASCII. */
 function escapeWire(text: string): string {
-  return text.replace(
-    /[^\x20-\x7e]|[\\"]/g,
-    (byte) => byte < "\x20" || byte > "~" ? `\\x${byte.charCodeAt(0).toString(16).padStart(2, "0")}` : "\\" + byte,
-  );
+  return text.replace(/[^\x20-\x7e]/g, (byte) => `\\x${byte.charCodeAt(0).toString(16).padStart(2, "0")}`);
 }
 
 const UTF8_ENCODER = new TextEncoder(), UTF8_DECODER = new TextDecoder("utf-8", { ignoreBOM: true });
@@ -603,17 +600,22 @@ class Connection implements Disposable {
 
   /** The next head that is complete in the buffer, from memory if these very bytes came before. */
   #takeHead(): KnownHead | undefined {
+    // An empty line before a request is forgiven: old clients end content with one (RFC 9112 §2.2).
+    if (this.#end - this.#start > 1 && this.#bytes[this.#start] === CR && this.#bytes[this.#start + 1] === LF) {
+      this.#start += 2;
+    }
     const available = this.#end - this.#start;
+    this.current = undefined;
     if (available === 0) return undefined;
     const known = this.#last !== undefined && this.#repeats(this.#last) ? this.#last : this.#recall(available);
     this.current = known;
     if (known !== undefined) {
-      this.#start += known.head.size;
+      this.#start += known.bytes.length;
       return this.#last = known;
     }
     const head = parseRequest(this.#bytes, this.#start, this.#end);
     if (head === undefined) return undefined;
-    const bytes = this.#bytes.slice(this.#start, this.#start += head.size);
+    const bytes = this.#bytes.slice(this.#start, this.#start += head.text.length);
     this.#unread = head.framing.kind === "none" ? undefined : this.#readContent(head.framing);
     this.#awaitsContinue = this.#unread !== undefined && head.minor === 1 && fieldValue(head, "expect") !== undefined;
     return this.current = this.#remember(head, bytes);
@@ -633,7 +635,7 @@ class Connection implements Disposable {
 
   #remember(head: RequestHead, bytes: Uint8Array): KnownHead {
     const known: KnownHead = { head, bytes };
-    if (head.size <= KNOWN_HEAD_SIZE && head.size === head.text.length && head.framing.kind === "none") {
+    if (head.text.length <= KNOWN_HEAD_SIZE && head.framing.kind === "none") {
       if (this.#heads.size >= KNOWN_HEADS) this.#heads.clear();
       this.#heads.set(head.text, known);
       this.#last = known;
@@ -810,6 +812,11 @@ class Connection implements Disposable {
     this.#interrupt(new FramingError(408, "The request did not arrive in time"));
   }
 
+  /** Whether what is unread, a request that was refused, begins so. */
+  startsWith(text: string): boolean {
+    return latin1(this.#bytes.subarray(this.#start, Math.min(this.#end, this.#start + text.length))) === text;
+  }
+
   /** Ends a connection that has nothing to say: idle, at a server's end. */
   closeIfIdle(): void {
     if (this.waiting === "request") this[Symbol.dispose]();
@@ -866,8 +873,6 @@ interface RequestHead {
   readonly text: string;
   /** Its first line, safe to log. */
   readonly line: string;
-  /** Bytes consumed: `text` and the empty lines before it. */
-  readonly size: number;
   readonly method: string;
   readonly target: string;
   /** Host and port that the request is for, in lower case; empty if HTTP/1.0 names none. */
@@ -902,21 +907,19 @@ const INCOMPLETE = Infinity;
 
 /** Parses the head that begins at `start` (RFC 9112 §2.1); undefined if it is not complete at `end`. */
 function parseRequest(bytes: Uint8Array, start: number, end: number): RequestHead | undefined {
-  // An empty line before the request line is forgiven (RFC 9112 §2.2), once.
-  const begin = bytes[start] === CR && start + 1 < end ? endLine(bytes, start, end) : start;
-  const lineEnd = skip(bytes, begin, end, IN_LINE);
-  if (lineEnd - begin > TARGET_LIMIT + 64) {
+  const lineEnd = skip(bytes, start, end, IN_LINE);
+  if (lineEnd - start > TARGET_LIMIT + 64) {
     throw new FramingError(414, `Cannot parse request line: it exceeds ${TARGET_LIMIT} bytes`);
   }
   const marks: number[] = [];
   let at = endLine(bytes, lineEnd, end);
-  while (at < end && bytes[at] !== CR) at = markField(bytes, at, end, begin, marks);
+  while (at < end && bytes[at] !== CR) at = markField(bytes, at, end, start, marks);
   const headEnd = at < end ? endLine(bytes, at, end) : INCOMPLETE;
   if (Math.min(headEnd, end) - start > HEAD_LIMIT) {
     throw new FramingError(431, `Cannot parse head: it exceeds ${HEAD_LIMIT} bytes`);
   }
   if (headEnd === INCOMPLETE) return undefined;
-  return interpret(latin1(bytes.subarray(begin, headEnd)), lineEnd - begin, marks, headEnd - start);
+  return interpret(latin1(bytes.subarray(start, headEnd)), lineEnd - start, marks);
 }
 
 /** Index of the first byte, from `at` on, that is not of the class. */
@@ -957,7 +960,7 @@ function markField(bytes: Uint8Array, at: number, end: number, begin: number, ma
 const REQUEST_LINE = /^(?<method>[!#$%&'*+\-.^_`|~0-9A-Za-z]+) (?<target>[^ ]+) HTTP\/(?<major>\d)\.(?<minor>\d)$/;
 
 /** What the marked lines mean: version, target, host, framing, persistence. */
-function interpret(text: string, lineLength: number, marks: readonly number[], size: number): RequestHead {
+function interpret(text: string, lineLength: number, marks: readonly number[]): RequestHead {
   const line = text.slice(0, lineLength);
   const { method, target, major, minor } = REQUEST_LINE.exec(line)?.groups ?? {};
   if (method === undefined || target === undefined) {
@@ -969,8 +972,7 @@ function interpret(text: string, lineLength: number, marks: readonly number[], s
   const connection = parseList(fieldValue(fields, "connection")?.toLowerCase() ?? "");
   return {
     text,
-    line: escapeWire(line),
-    size,
+    line: escapeWire(line.replace(/["\\]/g, "\\$&")),
     method,
     target,
     minor: minor === "0" ? 0 : 1,
@@ -2886,10 +2888,11 @@ function compose(
   message: WholeMessage,
   head: RequestHead | undefined,
   persistent: boolean,
+  isHead: boolean = head?.method === "HEAD",
 ): Uint8Array {
   const text = formatHead(server, message, head, persistent);
   server.log.wire(text, ">");
-  const length = head?.method === "HEAD" ? 0 : message.content.length;
+  const length = isHead ? 0 : message.content.length;
   const bytes = allocate(text.length + length);
   writeLatin1(text, bytes);
   if (length > 0) bytes.set(message.content, text.length);
@@ -3794,8 +3797,7 @@ class HttpServer implements Server {
 
   async #end(): Promise<void> {
     await this.#drained.promise;
-    clearInterval(this.#sweeper);
-    if (this.settings.unix !== undefined) await orNothing(Deno.remove(this.settings.unix));
+    clearInterval(this.#sweeper); // A socket's file went with its listener; by now there may be a successor's.
     await this.log.close();
   }
 
@@ -3993,7 +3995,8 @@ async function send(
   else {
     const persistent = head !== undefined && persists(server, connection, head);
     server.log.access(clientOf(server, connection, head), head, message);
-    await connection.write(compose(server, message, head, persistent));
+    const isHead = head === undefined ? connection.startsWith("HEAD ") : head.method === "HEAD";
+    await connection.write(compose(server, message, head, persistent, isHead));
   }
   await connection.skipContent(server.settings.maxBody);
 }
@@ -4316,19 +4319,21 @@ function ownAddresses(): string[] {
 
 /** What went wrong at start, in one line that says what to do. */
 function explainFailure(error: unknown, settings: ServeOptions | undefined): string {
-  const { message } = error as Error;
-  const place = settings?.unix ?? `${settings?.host}:${settings?.port}`;
-  if (error instanceof Deno.errors.AddrInUse) return `${place} is in use: choose another with --port, or 0 for any`;
+  const { message } = error as Error, { unix, host, port } = settings ?? {};
+  const place = unix ?? `${host}:${port}`, other = unix ? "--unix" : "--port, or 0 for any";
+  const path = /^(.*) \(os error \d+\): \w+ '(.*)'$/s.exec(message);
+  if (path !== null) return `${path[2]}: ${path[1]}`;
+  if (error instanceof Deno.errors.AddrInUse) return `${place} is in use: choose another with ${other}`;
   if (error instanceof Deno.errors.AddrNotAvailable) {
-    return `${settings?.host} is no address of this machine: choose one with --host`;
+    return `${host} is no address of this machine: choose one with --host`;
+  }
+  if (error instanceof Deno.errors.NotCapable) return message.replace(/, run again with the/, ": run deno with");
+  if (error instanceof Deno.errors.PermissionDenied) {
+    return `not allowed to listen on ${place}${unix ? "" : ": ports below 1024 need rights"}`;
   }
   const isPem = error instanceof Deno.errors.InvalidData || message.includes("KeyMismatch");
   if (isPem) return `--cert and --key are not a certificate and its key, both in PEM and not encrypted (${message})`;
-  if (error instanceof Deno.errors.NotCapable) return message.replace(/, run again with the/, ": run deno with");
-  if (error instanceof Deno.errors.PermissionDenied) {
-    return `not allowed to use ${place}: ports below 1024 need rights (${message})`;
-  }
-  return message.replace(/^(.*) \(os error \d+\): \w+ '(.*)'$/s, "$2: $1");
+  return unix === undefined || error instanceof UsageError ? message : `${unix}: ${message}`;
 }
 
 async function main(args: readonly string[]): Promise<void> {

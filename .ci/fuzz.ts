@@ -122,7 +122,7 @@ function readRequest(wire: string, at: number): Asked | { readonly kind: "nothin
   if (framing === undefined || place === undefined) return { kind: "bad" };
   const options = all("connection").join().toLowerCase().split(",").map((option) => option.trim());
   const content = framing.chunked
-    ? readChunks(wire, headEnd + 4, false)
+    ? readChunks(wire, headEnd + 4, true)
     : readLength(wire, headEnd + 4, framing.length);
   return {
     kind: "asked",
