@@ -705,7 +705,9 @@ class Connection implements Disposable {
     if (!this.canSkip(limit)) throw new HttpError(413, `The content exceeds ${limit} bytes`);
     if (this.#awaitsContinue) {
       this.#awaitsContinue = false;
-      await this.write(CONTINUE);
+      // It goes behind the answers to earlier requests, which may not have left yet.
+      this.#ready.push(CONTINUE);
+      await new Promise<void>((resolve, reject) => this.#flush(resolve, reject));
     }
     const pieces: Uint8Array[] = [];
     let size = 0;
@@ -3807,7 +3809,8 @@ class HttpServer implements Server {
 
   /** Whether a request names this server (RFC 9110 §7.4): a page elsewhere must not reach us by a name that it controls. */
   answersTo(authority: string): boolean {
-    if (this.#hosts === undefined) return true;
+    // No browser leaves the name out; HTTP/1.0 may.
+    if (this.#hosts === undefined || authority === "") return true;
     const host = authority.replace(/:\d*$/, "").replace(/\.$/, "");
     return this.#hosts.has(host) || host.endsWith(".localhost") && this.#hosts.has("localhost");
   }
