@@ -536,6 +536,9 @@ class Connection implements Disposable {
   /** What has not been read of the current request's content. */
   #unread: AsyncGenerator<Uint8Array, void> | undefined;
   #awaitsContinue = false;
+  /** When the current request's content was first waited for, and how much of it came since, in bytes. */
+  #contentSince = 0;
+  #contentRead = 0;
   /** Fails the read that is under way. */
   #interrupt: (reason: Error) => void = () => {};
 
@@ -570,20 +573,16 @@ class Connection implements Disposable {
       };
       const wait = (reply: Promise<Uint8Array | T>) => {
         reply.catch(() => {}); // It may fail while what is before it is being written.
-        this.#flush(() => {
-          this.#await("handler");
-          reply.then(answered, reject);
-        }, reject);
+        this.#flush(() => reply.then(answered, reject), reject);
       };
       const answered = (reply: Uint8Array | T) => {
         if (!(reply instanceof Uint8Array)) return resolve(reply);
         this.#ready.push(reply);
         answer();
       };
-      const lost = () => reject(new Disconnected());
       const read = () => {
         this.#await(this.#start === this.#end ? "request" : "head");
-        this.#conn.read(this.#room()).then(received, lost);
+        this.#conn.read(this.#room()).then(received, () => reject(new Disconnected()));
       };
       const received = (count: number | null) => {
         if (this.closing) return; // The sweep was quicker.
@@ -617,6 +616,7 @@ class Connection implements Disposable {
     if (head === undefined) return undefined;
     const bytes = this.#bytes.slice(this.#start, this.#start += head.text.length);
     this.#unread = head.framing.kind === "none" ? undefined : this.#readContent(head.framing);
+    this.#contentSince = this.#contentRead = 0;
     this.#awaitsContinue = this.#unread !== undefined && head.minor === 1 && fieldValue(head, "expect") !== undefined;
     return this.current = this.#remember(head, bytes);
   }
@@ -665,16 +665,20 @@ class Connection implements Disposable {
     this.deadline = this.#patience.now + this.#patience[waiting];
   }
 
-  /** Writes all that is ready, then goes on. */
+  /** Writes all that is ready, then goes on: from there, nobody but us is waited for. */
   #flush(then: () => void, fail: (error: unknown) => void): void {
-    const ready = this.#ready;
-    if (ready.length === 0) return then();
+    const ready = this.#ready,
+      done = () => {
+        this.#await("handler");
+        then();
+      };
+    if (ready.length === 0) return done();
     const bytes = ready.length === 1 ? ready[0]! : concat(ready);
     this.#ready = [];
     this.#await("reader");
     this.#conn.write(bytes).then((count) => {
-      if (count === bytes.length) then();
-      else this.write(bytes.subarray(count)).then(then, fail);
+      if (count === bytes.length) done();
+      else this.write(bytes.subarray(count)).then(done, fail);
     }, () => fail(new Disconnected()));
   }
 
@@ -748,9 +752,13 @@ class Connection implements Disposable {
     return new Promise((resolve, reject) => {
       this.#interrupt = reject;
       this.#await("content");
+      // A drip does not extend the wait: after the first silence's worth of time, a kilobyte a second must come.
+      this.#contentSince ||= this.#patience.now;
+      this.deadline = Math.min(this.deadline, this.#contentSince + this.#patience.content + this.#contentRead);
       this.#conn.read(this.#room()).then((count) => {
         if (count === null) return reject(new Disconnected());
         this.#end += count;
+        this.#contentRead += count;
         this.#await("handler");
         resolve();
       }, () => reject(new Disconnected()));
@@ -1276,7 +1284,8 @@ function scalarAt(text: string, at: number): number {
 }
 
 /** ISO-2022-JP's states and the escape sequence that enters each (Encoding §12.2.2). */
-const ASCII = 0x42, ROMAN = 0x4a, JIS0208 = 0x4224;
+const ASCII = 0, ROMAN = 1, JIS0208 = 2;
+const ESCAPES = [[0x1b, 0x28, 0x42], [0x1b, 0x28, 0x4a], [0x1b, 0x24, 0x42]];
 
 /** The one encoder with a state: escape sequences switch between ASCII, JIS X 0201 Roman, and JIS X 0208. */
 function writeIso2022Jp(
@@ -1287,11 +1296,7 @@ function writeIso2022Jp(
 ): void {
   let { state } = carry;
   const enter = (next: number) => {
-    if (state === next) return;
-    state = next;
-    // ESC ( B, ESC ( J, ESC $ B.
-    writer.bytes.set(next === JIS0208 ? [0x1b, 0x24, 0x42] : [0x1b, 0x28, next], writer.length);
-    writer.length += 3;
+    if (state !== next) writer.bytes.set(ESCAPES[state = next]!, (writer.length += 3) - 3);
   };
   for (let i = 0; i < text.length; i++) {
     const codePoint = scalarAt(text, i);
