@@ -508,6 +508,8 @@ interface KnownHead {
   said?: { readonly text: string; readonly message: WholeMessage };
 }
 
+const CUT_OFF = "Cannot read request: the connection ended inside its head";
+
 /** The peer is gone, or was sent away: nobody is left to be told. */
 class Disconnected extends Error {}
 
@@ -573,7 +575,10 @@ class Connection implements Disposable {
       };
       const wait = (reply: Promise<Uint8Array | T>) => {
         reply.catch(() => {}); // It may fail while what is before it is being written.
-        this.#flush(() => reply.then(answered, reject), reject);
+        this.#flush(() => {
+          this.#await("handler");
+          reply.then(answered, reject);
+        }, reject);
       };
       const answered = (reply: Uint8Array | T) => {
         if (!(reply instanceof Uint8Array)) return resolve(reply);
@@ -586,11 +591,11 @@ class Connection implements Disposable {
       };
       const received = (count: number | null) => {
         if (this.closing) return; // The sweep was quicker.
-        if (count !== null) {
-          this.#end += count;
-          answer();
-        } else if (this.#start === this.#end) resolve(undefined);
-        else reject(new FramingError(400, "Cannot read request: the connection ended inside its head"));
+        if (count === null) {
+          return this.#start === this.#end ? resolve(undefined) : reject(new FramingError(400, CUT_OFF));
+        }
+        this.#end += count;
+        answer();
       };
       this.#interrupt = reject;
       answer();
@@ -665,20 +670,16 @@ class Connection implements Disposable {
     this.deadline = this.#patience.now + this.#patience[waiting];
   }
 
-  /** Writes all that is ready, then goes on: from there, nobody but us is waited for. */
+  /** Writes all that is ready, then goes on. */
   #flush(then: () => void, fail: (error: unknown) => void): void {
-    const ready = this.#ready,
-      done = () => {
-        this.#await("handler");
-        then();
-      };
-    if (ready.length === 0) return done();
+    const ready = this.#ready;
+    if (ready.length === 0) return then();
     const bytes = ready.length === 1 ? ready[0]! : concat(ready);
     this.#ready = [];
     this.#await("reader");
     this.#conn.write(bytes).then((count) => {
-      if (count === bytes.length) done();
-      else this.write(bytes.subarray(count)).then(done, fail);
+      if (count === bytes.length) then();
+      else this.write(bytes.subarray(count)).then(then, fail);
     }, () => fail(new Disconnected()));
   }
 

@@ -6,10 +6,10 @@
  * deno run -A .ci/bench.ts
  * ```
  *
- * Servers are processes of their own; the clients are in this one. All take turns in every round (A B C A B C …),
- * and a ratio is the median of the rounds' ratios, so that whatever else the machine does meanwhile falls on
- * all alike. Where the clients are slower than the server, requests a second say less than the last column:
- * what the server's process used of the processor for one request.
+ * Every server is a process of its own; the clients are in this one. All take turns in every round (A B C A B C …),
+ * and a ratio is the median of the rounds' ratios to the first row of its group, so that whatever else the machine
+ * does falls on all alike. Where clients are slower than servers, requests a second say little: then see how much
+ * of the processor the server's process used for one request.
  *
  * @module
  */
@@ -17,21 +17,19 @@
 import process from "node:process";
 import { encode, serve, type ServeOptions } from "../server.ts";
 
-const ROUNDS = 5;
-const SECONDS = 0.4;
 const HELLO = "hello world";
+const local = { hostname: "127.0.0.1", port: 0 };
 const utf8 = new TextEncoder();
 
 // ── Servers ─────────────────────────────────────────────────────────────────────────────────────
 
-const local = { hostname: "127.0.0.1", port: 0 };
 const ours = (options: ServeOptions) => (serve({ port: 0, ...options }).addr as Deno.NetAddr).port;
-const deno = (handler: () => Response | Promise<Response>) =>
+const theirs = (handler: () => Response | Promise<Response>) =>
   Deno.serve({ ...local, onListen: () => {} }, handler).addr.port;
 
 /** Each starts a server and returns its port; `page` is a file. */
 const SERVERS: Record<string, (page: string) => number | Promise<number>> = {
-  "Deno.serve": () => deno(() => new Response(HELLO)),
+  "Deno.serve": () => theirs(() => new Response(HELLO)),
   "node:http": async () => {
     const server = (await import("node:http")).createServer((_, response) => void response.end(HELLO));
     await new Promise<void>((resolve) => server.listen(0, local.hostname, resolve));
@@ -41,23 +39,20 @@ const SERVERS: Record<string, (page: string) => number | Promise<number>> = {
   "charserve": () => ours({ body: HELLO }),
   "charserve, a string": () => ours({ routes: [[/^\/$/, () => HELLO]] }),
   "charserve, a Response": () => ours({ routes: [[/^\/$/, () => new Response(HELLO)]] }),
-  "Deno.serve, readFile": (page) =>
-    deno(async () => new Response(await Deno.readFile(page), { headers: { "Content-Type": "text/html" } })),
+  "Deno.serve, readFile": (page) => theirs(async () => new Response(await Deno.readFile(page))),
   "charserve, file": (page) => ours({ root: page }),
   "charserve, file to GBK": (page) => ours({ root: page, charset: "gbk" }),
 };
 
 /** The least that answers: it counts the empty lines it reads, and writes as many copies of one answer. */
 function bareLoop(): number {
-  const answer = utf8.encode(`HTTP/1.1 200 OK\r\nContent-Length: ${HELLO.length}\r\n\r\n${HELLO}`);
-  const answers = new Uint8Array(answer.length * 64).map((_, at) => answer[at % answer.length]!);
+  const answer = `HTTP/1.1 200 OK\r\nContent-Length: ${HELLO.length}\r\n\r\n${HELLO}`;
+  const answers = utf8.encode(answer.repeat(64));
   const converse = async (conn: Deno.Conn) => {
     const buffer = new Uint8Array(65536);
     for (let count; (count = await conn.read(buffer)) !== null;) {
       let heads = 0;
-      for (let at = buffer.indexOf(13); at >= 0 && at < count; at = buffer.indexOf(13, at + 2)) {
-        if (buffer[at + 2] === 13) heads++, at += 2;
-      }
+      for (let at = 3; at < count; at++) if (buffer[at] === 10 && buffer[at - 2] === 10) heads++;
       await conn.write(answers.subarray(0, heads * answer.length));
     }
     conn.close();
@@ -69,29 +64,35 @@ function bareLoop(): number {
   return listener.addr.port;
 }
 
-/** Another process of Deno, which speaks in lines. */
+const running = new Set<Deno.ChildProcess>();
+
+/** Another process of Deno, which writes numbers, each at the end of a line. */
 class Child implements AsyncDisposable {
   readonly #process: Deno.ChildProcess;
-  readonly #lines: ReadableStreamDefaultReader<string>;
   readonly #stdin: WritableStreamDefaultWriter<Uint8Array>;
-  #rest = "";
+  readonly #stdout: ReadableStreamDefaultReader<string>;
+  #text = "";
 
   constructor(...args: string[]) {
-    const piped = { stdin: "piped", stdout: "piped", stderr: "inherit" } as const;
-    this.#process = new Deno.Command(Deno.execPath(), { args: ["run", "-q", ...args], ...piped }).spawn();
-    this.#lines = this.#process.stdout.pipeThrough(new TextDecoderStream()).getReader();
+    const command = new Deno.Command(Deno.execPath(), {
+      args: ["run", "-q", ...args],
+      stdin: "piped",
+      stdout: "piped",
+    });
+    running.add(this.#process = command.spawn());
     this.#stdin = this.#process.stdin.getWriter();
+    this.#stdout = this.#process.stdout.pipeThrough(new TextDecoderStream()).getReader();
   }
 
-  /** The number at the end of the next line that ends in one (or in an address, with its slash). */
   async number(): Promise<number> {
     let found;
-    while (!(found = /(\d[\d.]*)\/?\r?\n/.exec(this.#rest))) {
-      const { value } = await this.#lines.read();
+    // An address ends in its port and a slash.
+    while (!(found = /(\d[\d.]*)\/?\n/.exec(this.#text))) {
+      const { value } = await this.#stdout.read();
       if (value === undefined) throw new Error("a process that is measured has ended");
-      this.#rest += value;
+      this.#text += value;
     }
-    this.#rest = this.#rest.slice(found.index + found[0].length);
+    this.#text = this.#text.slice(found.index + found[0].length);
     return Number(found[1]);
   }
 
@@ -105,7 +106,8 @@ class Child implements AsyncDisposable {
     try {
       this.#process.kill();
     } catch { /* It has ended by itself. */ }
-    await Promise.allSettled([this.#stdin.close(), this.#lines.cancel(), this.#process.status]);
+    await Promise.allSettled([this.#stdin.close(), this.#stdout.cancel(), this.#process.status]);
+    running.delete(this.#process);
   }
 }
 
@@ -115,7 +117,7 @@ interface Load {
   readonly connections: number;
   /** Requests that are sent at once, before their answers are read. @default {1} */
   readonly depth?: number;
-  /** Fields besides Host. A run of zeros in them is replaced with a number, another in each request. */
+  /** Fields besides Host. Seven zeros become a number, another one in each request. */
   readonly fields?: string;
   /** Every request has a connection of its own. */
   readonly fresh?: boolean;
@@ -144,6 +146,11 @@ function converse(conn: Deno.Conn, batch: Uint8Array, depth: number, isOver: () 
     const lengthOf = framing();
     const buffer = new Uint8Array(65536);
     let filled = 0, owed = 0;
+    const ask = () => {
+      owed = depth;
+      conn.write(batch).catch(reject);
+      read();
+    };
     const read = () => void conn.read(filled ? buffer.subarray(filled) : buffer).then(take).catch(reject);
     const take = (count: number | null) => {
       if (count === null) throw new Error("the server closed a connection before it answered");
@@ -156,11 +163,6 @@ function converse(conn: Deno.Conn, batch: Uint8Array, depth: number, isOver: () 
       else if (isOver()) resolve();
       else ask();
     };
-    const ask = () => {
-      owed = depth;
-      conn.write(batch).catch(reject);
-      read();
-    };
     ask();
   });
 }
@@ -170,44 +172,56 @@ async function drive(port: number, { connections, depth = 1, fields = "", fresh 
   const request = `GET / HTTP/1.1\r\nHost: 127.0.0.1:${port}\r\n${fields}${fresh ? "Connection: close\r\n" : ""}\r\n`;
   const zeros = request.indexOf("0000000");
   const connect = () => Deno.connect({ ...local, port });
-  const conns = fresh ? [] : await Promise.all(Array.from({ length: connections }, connect));
+  const conns = await Promise.all(Array.from({ length: connections }, () => fresh ? undefined : connect()));
   let answers = 0;
   const from = performance.now();
-  const one = async (conn?: Deno.Conn) => {
+  await Promise.all(conns.map(async (conn) => {
     const batch = utf8.encode(request.repeat(depth));
     const isOver = () => {
       answers += depth;
       if (zeros >= 0) utf8.encodeInto(String(answers).padStart(7, "0"), batch.subarray(zeros));
-      return performance.now() - from >= SECONDS * 1000;
+      return performance.now() - from >= 400;
     };
     if (conn) return await converse(conn, batch, depth, isOver);
     do {
       using conn = await connect();
       await converse(conn, batch, depth, () => true);
     } while (!isOver());
-  };
-  const { promise: stuck, reject } = Promise.withResolvers<never>();
-  const timer = setTimeout(() => reject(new Error(`the server at port ${port} hangs`)), 20_000);
-  try {
-    await Promise.race([stuck, Promise.all(fresh ? Array.from({ length: connections }, () => one()) : conns.map(one))]);
-    return { answers, rate: answers / (performance.now() - from) * 1000 };
-  } finally {
-    clearTimeout(timer);
-    for (const conn of conns) conn.close();
+  }));
+  const rate = answers / (performance.now() - from) * 1000;
+  for (const conn of conns) conn?.close();
+  return { answers, rate };
+}
+
+// ── Rounds and tables ───────────────────────────────────────────────────────────────────────────
+
+/** Measures all in turn, `rounds` times; a round whose number is below 0 only warms up. Results by subject. */
+async function takeTurns<S, R>(subjects: readonly S[], measure: (subject: S) => R, from: number, rounds: number) {
+  const results: Awaited<R>[][] = subjects.map(() => []);
+  for (let round = from; round < rounds; round++) {
+    for (const [index, subject] of subjects.entries()) {
+      const result = await measure(subject);
+      if (round >= 0) results[index]!.push(result);
+    }
+  }
+  return results;
+}
+
+const median = (values: readonly number[]) => values.toSorted((a, b) => a - b)[values.length >> 1]!;
+
+function print(title: string, name: string, ...cells: string[]): void {
+  console.log(title.padEnd(35) + name.padEnd(24) + cells.map((cell) => cell.padStart(13)).join(""));
+}
+
+/** Prints a group of rows: name, median, median ratio to the first, and what else there is to say. */
+function report(title: string, names: readonly string[], results: readonly number[][], more: string[] = []): void {
+  for (const [index, values] of results.entries()) {
+    const ratio = median(values.map((value, round) => value / results[0]![round]!)).toFixed(2);
+    print(index ? "" : title, names[index]!, Math.round(median(values)).toLocaleString("en"), ratio, more[index] ?? "");
   }
 }
 
-// ── Tables ──────────────────────────────────────────────────────────────────────────────────────
-
-const median = (values: readonly number[]) => values.toSorted((a, b) => a - b)[values.length >> 1]!;
-const medianRatio = (values: readonly number[], bases: readonly number[]) =>
-  median(values.map((value, round) => value / bases[round]!)).toFixed(2);
-
-/** One line: names to the left, numbers to the right. */
-function print(title: string, name: string, ...numbers: (number | string)[]): void {
-  const cells = numbers.map((cell) => typeof cell === "number" ? cell.toLocaleString("en") : cell);
-  console.log(title.padEnd(36) + name.padEnd(24) + cells.map((cell) => cell.padStart(14)).join(""));
-}
+// ── Requests ────────────────────────────────────────────────────────────────────────────────────
 
 /** A browser's: with Host, 15 fields. */
 const BROWSER = `Connection: keep-alive
@@ -223,52 +237,52 @@ Sec-Fetch-User: ?1
 Sec-Fetch-Dest: document
 Accept-Encoding: gzip, deflate, br, zstd
 Accept-Language: zh-CN,zh;q=0.9,en;q=0.8
-Cookie: theme=dark; session=4f1d2c
+Cookie: theme=dark; session=4f1d2c7
 `.replaceAll("\n", "\r\n");
 
-/** What is asked, and of whom: the first is what the others are compared with. */
 const PLAIN = ["Deno.serve", "charserve", "node:http", "bare loop"];
 const LOADS: [title: string, load: Load, names: string[]][] = [
   ["1 connection", { connections: 1 }, PLAIN],
   ["64 connections", { connections: 64 }, PLAIN],
   ["64, 16 requests at once", { connections: 64, depth: 16 }, PLAIN],
   ["64, a browser's 15 fields", { connections: 64, fields: BROWSER }, PLAIN],
-  // Heads that are equal could be remembered.
-  ["64, the same, no two alike", { connections: 64, fields: BROWSER.replace("4f1d2c", "0000000") }, PLAIN],
+  // A server could remember heads that are equal.
+  ["64, the same, no two alike", { connections: 64, fields: BROWSER.replace("4f1d2c7", "0000000") }, PLAIN],
   ["16, a connection for each request", { connections: 16, fresh: true }, PLAIN],
   ["64, a handler", { connections: 64 }, ["Deno.serve", "charserve, a string", "charserve, a Response"]],
   ["64, a page of 1 KB", { connections: 64 }, ["Deno.serve, readFile", "charserve, file", "charserve, file to GBK"]],
 ];
 
-async function measureRequests(page: string): Promise<void> {
-  await using children = new AsyncDisposableStack();
+async function measureRequests(folder: string): Promise<void> {
+  const page = `${folder}/page.html`;
+  await Deno.writeTextFile(page, '<!doctype html><meta charset="utf-8"><p>' + "一二三四五六七八".repeat(41));
+  await using stack = new AsyncDisposableStack();
   const servers: Record<string, { child: Child; port: number }> = {};
   for (const name of Object.keys(SERVERS)) {
-    const child = children.use(new Child("-A", import.meta.filename!, "--serve", name, page));
+    const child = stack.use(new Child("-A", import.meta.filename!, "--serve", name, page));
     servers[name] = { child, port: await child.number() };
     await drive(servers[name].port, { connections: 64 });
   }
   print("REQUESTS", "", "requests/s", "ratio", "CPU µs each");
   for (const [title, load, names] of LOADS) {
-    const rates: number[][] = names.map(() => []), costs: number[][] = names.map(() => []);
-    for (let round = 0; round < ROUNDS; round++) {
-      for (const [index, name] of names.entries()) {
-        const { child, port } = servers[name]!;
+    const results = await takeTurns(
+      names.map((name) => servers[name]!),
+      async ({ child, port }) => {
         const before = await child.processorTime();
         const { answers, rate } = await drive(port, load);
-        rates[index]!.push(rate), costs[index]!.push((await child.processorTime() - before) / answers);
-      }
-    }
-    for (const [index, name] of names.entries()) {
-      const [rate, cost] = [median(rates[index]!), median(costs[index]!)];
-      print(index ? "" : title, name, Math.round(rate), medianRatio(rates[index]!, rates[0]!), cost.toFixed(1));
-    }
+        return { rate, cost: (await child.processorTime() - before) / answers };
+      },
+      0,
+      5,
+    );
+    const costs = results.map((rounds) => median(rounds.map(({ cost }) => cost)).toFixed(1));
+    report(title, names, results.map((rounds) => rounds.map(({ rate }) => rate)), costs);
   }
 }
 
 // ── Encoders ────────────────────────────────────────────────────────────────────────────────────
 
-/** Charsets, and words to make texts of, which have them mixed with ASCII. */
+/** Charsets, and words of which texts are made, mixed with ASCII. */
 const CHINESE = "超文本传输 协议 是一种 用于分布式 协作式 和 超媒体 信息系统 的 应用层协议 字符编码";
 const WORDS: Record<string, string> = {
   "gbk": CHINESE,
@@ -282,107 +296,91 @@ const ASCII = '<p> </p> <a href="/index.html"> charset HTTP/1.1 200 2026-01-31 ,
 
 /** About 1 MB (in UTF-8), the same every time. */
 function textOf(label: string): string {
-  const words = `${WORDS[label]} ${ASCII}`.split(" ");
-  let text = "", seed = 1;
-  for (let size = 0; size < 1e6;) {
+  const words = `${WORDS[label]} ${ASCII}`.split(" ").map((word) => ({ word, size: utf8.encode(word).length }));
+  const text: string[] = [];
+  for (let size = 0, seed = 1; size < 1e6;) {
     seed = Math.imul(seed, 1103515245) + 12345 >>> 0;
-    const word = words[(seed >>> 16) % words.length]! + ((seed >>> 8) % 4 ? "" : " ");
-    text += word, size += utf8.encode(word).length;
+    const next = words[(seed >>> 16) % words.length]!;
+    text.push(next.word), size += next.size;
   }
-  return text;
-}
-
-type Encoder = (text: string, label: string) => Uint8Array;
-
-/** The encoder that programs for Node use; only to compare with, where npm is in reach. */
-async function iconvLite(): Promise<Encoder | undefined> {
-  try {
-    // deno-lint-ignore no-import-prefix
-    const { default: iconv } = await import("npm:iconv-lite@^0.7");
-    return (text, label) => iconv.encode(text, label);
-  } catch {
-    return undefined;
-  }
+  return text.join("");
 }
 
 async function measureEncoders(): Promise<void> {
-  const iconv = await iconvLite();
-  const encoders: Encoder[] = [encode, (text) => utf8.encode(text), ...(iconv ? [iconv] : [])];
-  print(
-    "\nENCODERS (MB/s of the text in UTF-8)",
-    " charserve",
-    "TextEncoder",
-    "ratio",
-    "iconv-lite",
-    "ratio",
-    "first use, ms",
-  );
+  const encoders: Record<string, (text: string, label: string) => Uint8Array> = {
+    "TextEncoder (UTF-8)": (text) => utf8.encode(text),
+    "charserve": encode,
+  };
+  print("\nENCODERS, 1 MB of mixed text", " ", "MB/s", "ratio", "first use, ms");
+  try {
+    // What programs for Node use. Not a package that anything here depends on.
+    // deno-lint-ignore no-import-prefix
+    const { default: iconv } = await import("npm:iconv-lite@^0.7");
+    encoders["iconv-lite"] = (text, label) => iconv.encode(text, label);
+  } catch {
+    print("", "iconv-lite", "not reached");
+  }
   for (const label of Object.keys(WORDS)) {
-    const text = textOf(label);
-    const size = utf8.encode(text).length;
+    const text = textOf(label), size = utf8.encode(text).length;
     if (new TextDecoder(label).decode(encode(text, label)) !== text) throw new Error(`${label} loses text`);
-    const speeds: number[][] = encoders.map(() => []);
-    for (let round = -2; round < 2 * ROUNDS; round++) {
-      for (const [index, encoder] of encoders.entries()) {
+    const results = await takeTurns(
+      Object.values(encoders),
+      (encoder) => {
         const from = performance.now();
         for (let times = 0; times < 8; times++) encoder(text, label);
-        // The first rounds let V8 compile.
-        if (round >= 0) speeds[index]!.push(8 * size / 1000 / (performance.now() - from));
-      }
-    }
-    const [own, ...others] = speeds;
-    const compared = others.flatMap((other) => [Math.round(median(other)), medianRatio(own!, other)]);
-    if (!iconv) compared.push("not reached", "");
-    const first: number[] = [];
-    for (let round = 0; round < ROUNDS; round++) {
-      await using child = new Child("-A", import.meta.filename!, "--first", label);
-      first.push(await child.number());
-    }
-    print(label, Math.round(median(own!)).toLocaleString("en").padStart(10), ...compared, median(first).toFixed(1));
+        return 8 * size / 1000 / (performance.now() - from);
+      },
+      -2,
+      11,
+    );
+    // Tables are made on first use: in a process that is new.
+    const [first] = await takeTurns(
+      [label],
+      async () => {
+        await using child = new Child("-A", import.meta.filename!, "--first", label);
+        return await child.number();
+      },
+      0,
+      5,
+    );
+    report(label, Object.keys(encoders), results, ["", median(first!).toFixed(1)]);
   }
 }
 
 // ── Start ───────────────────────────────────────────────────────────────────────────────────────
 
 async function measureStart(folder: string): Promise<void> {
-  const theirs = `${folder}/theirs.ts`, own = `${folder}/own.ts`;
-  await Deno.writeTextFile(
-    theirs,
-    `const onListen = ({ port }) => console.log(port);
+  const server = import.meta.resolve("../server.ts");
+  const onListen = "const onListen = ({ port }) => console.log(port);";
+  const scripts = {
+    theirs: `${onListen}
 const handler = () => new Response("${HELLO}");
 Deno.serve({ port: 0, hostname: "127.0.0.1", onListen }, handler);`,
-  );
-  await Deno.writeTextFile(
-    own,
-    `import { serve } from "${new URL("../server.ts", import.meta.url)}";
-const onListen = ({ port }) => console.log(port);
+    ours: `import { serve } from "${server}";
+${onListen}
 serve({ port: 0, body: "${HELLO}", onListen });`,
-  );
-  const commands: [name: string, args: string[]][] = [
-    ["Deno.serve, 3 lines", [theirs]],
-    ["charserve, 3 lines", [own]],
-    ["server.ts --body", [new URL("../server.ts", import.meta.url).href, "--port=0", "--log=none", `--body=${HELLO}`]],
-  ];
-  const times: number[][] = commands.map(() => []);
+  };
+  for (const [name, text] of Object.entries(scripts)) await Deno.writeTextFile(`${folder}/${name}.ts`, text);
+  const commands = {
+    "Deno.serve, 3 lines": [`${folder}/theirs.ts`],
+    "charserve, 3 lines": [`${folder}/ours.ts`],
+    "server.ts --body": [server, "--port=0", "--log=none", `--body=${HELLO}`],
+  };
   // The first round fills Deno's caches of compiled code.
-  for (let round = -1; round < 9; round++) {
-    for (const [index, [, args]] of commands.entries()) {
+  const results = await takeTurns(
+    Object.values(commands),
+    async (args) => {
       const from = performance.now();
       await using child = new Child("--allow-net", ...args);
       using conn = await Deno.connect({ ...local, port: await child.number() });
       await converse(conn, utf8.encode("GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"), 1, () => true);
-      if (round >= 0) times[index]!.push(performance.now() - from);
-    }
-  }
-  print("\nSTART", "", "ms", "ratio");
-  for (const [index, [name]] of commands.entries()) {
-    print(
-      index ? "" : "deno run to the first 200",
-      name,
-      median(times[index]!).toFixed(0),
-      medianRatio(times[index]!, times[0]!),
-    );
-  }
+      return performance.now() - from;
+    },
+    -1,
+    9,
+  );
+  print("\nSTART", " ", "ms", "ratio");
+  report("deno run to the first 200", Object.keys(commands), results);
 }
 
 // ── Which process is this? ──────────────────────────────────────────────────────────────────────
@@ -394,30 +392,29 @@ if (role === "--serve") {
     const { user, system } = process.cpuUsage();
     console.log(user + system);
   }
-  // Whoever measured it is gone.
+  // Whoever asked is gone.
   Deno.exit();
 } else if (role === "--first") {
-  const text = WORDS[name]!;
   const from = performance.now();
-  encode(text, name);
+  encode(WORDS[name]!, name);
   console.log(performance.now() - from);
 } else {
   const folder = await Deno.makeTempDir();
-  const clean = () => Deno.removeSync(folder, { recursive: true });
-  Deno.addSignalListener("SIGINT", () => (clean(), Deno.exit(130)));
+  const end = (status: number, reason?: string) => {
+    if (reason) console.error(reason);
+    for (const child of running) child.kill();
+    Deno.removeSync(folder, { recursive: true });
+    Deno.exit(status);
+  };
+  Deno.addSignalListener("SIGINT", () => end(130));
+  setTimeout(end, 300_000, 1, "A server hangs, or the machine is too busy to measure on.");
+  console.log(`Deno ${Deno.version.deno}, ${Deno.build.target}, ${navigator.hardwareConcurrency} threads\n`);
   try {
-    const page = `${folder}/page.html`;
-    const head = '<!doctype html><html lang="zh"><meta charset="utf-8"><title>你好</title><p>';
-    await Deno.writeTextFile(
-      page,
-      head + "一二三四五六七八九十".repeat(99).slice(0, (1024 - utf8.encode(head).length) / 3),
-    );
-    console.log(`Deno ${Deno.version.deno}, ${Deno.build.target}, ${navigator.hardwareConcurrency} threads\n`);
-    await measureRequests(page);
+    await measureRequests(folder);
     await measureEncoders();
     await measureStart(folder);
-  } finally {
-    clean();
+  } catch (error) {
+    end(1, String(error));
   }
-  Deno.exit();
+  end(0);
 }

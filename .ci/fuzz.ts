@@ -276,7 +276,7 @@ function judge(sent: string, received: string, ended: boolean, checksHost: boole
   };
   /** A refusal ends the connection. Whether a HEAD so bad was recognized as one is left open. */
   const isRefusal = ({ status, closes, fields }: Answer, isHead: boolean) => {
-    if (isHead && received.length - at === Number(fields.get("content-length"))) at = received.length;
+    if (isHead && closes && received.length - at === Number(fields.get("content-length"))) at = received.length;
     return status >= 400 && closes;
   };
   for (let begin = 0;;) {
@@ -320,8 +320,7 @@ function judge(sent: string, received: string, ended: boolean, checksHost: boole
     if (served && status !== 421 && /^\/echo(?:-web)?$/.test(path) && method === "POST") {
       insist(status === 200 && body === content.text, `${what}: ${status}, ${body.length} bytes are not the content`);
     }
-    const mayClose = expects !== undefined && content.text !== "" ||
-      minor === 0 && !answer.fields.has("content-length");
+    const mayClose = expects !== undefined || minor === 0 && !answer.fields.has("content-length");
     insist(closes || persistent, "the connection stays although close was asked for");
     if (closes) {
       insist(!persistent || mayClose, "Connection: close without need");
