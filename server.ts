@@ -385,7 +385,7 @@ function parseDate(text: string): number {
 
 /** The members of a comma-separated list (RFC 9110 §5.6.1), trimmed, without the empty ones. */
 function parseList(value: string): string[] {
-  return value.split(",").map((member) => member.trim()).filter((member) => member !== "");
+  return value.split(",").map((member) => member.replace(/^[ \t]+|[ \t]+$/g, "")).filter((member) => member !== "");
 }
 
 const WEIGHTED =
@@ -1785,6 +1785,7 @@ class IncomingRequest implements Incoming {
     const url = `${this.#server.secure ? "https" : "http"}://${authority || "localhost"}${path}${
       query === undefined ? "" : `?${query}`
     }`;
+    if (!URL.canParse(url)) throw new HttpError(400, `Cannot parse Host "${authority}"`);
     const headers = new Headers(fieldLines(this.head).map(([name, value]) => [name, value]));
     const hasContent = framing.kind !== "none" && method !== "GET" && method !== "HEAD";
     const body = hasContent ? ReadableStream.from(lazily(() => this.bytes())) : null;
@@ -3647,6 +3648,10 @@ function hex(bytes: Uint8Array): string {
 
 /** Longest wait at the end for answers that are under way, in milliseconds. */
 const DRAIN_TIME = 10_000;
+/** After SIGTERM, how long idle connections stay open for a request that may be on its way, in milliseconds. */
+const IDLE_GRACE = 1000;
+/** How often, and how long each time, in milliseconds, to look whether the system has more connections for us. */
+const BACKLOG_TURNS = 10, BACKLOG_TURN = 50;
 /** How long to wait before accepting again when the system has no more files, in milliseconds. */
 const ACCEPT_BACKOFF = 100;
 
@@ -3656,8 +3661,12 @@ export interface Server extends AsyncDisposable {
   readonly addr: Deno.Addr;
   /** Resolves when the last connection is closed. */
   readonly finished: Promise<void>;
-  /** Stops accepting, lets answers under way finish (10 s at most), closes what is idle. Resolves when all is done. */
-  shutdown(): Promise<void>;
+  /**
+   * Stops accepting, lets answers under way finish (10 s at most), closes what is idle. Resolves when all is done.
+   * @param grace For how long, in milliseconds, idle connections stay open: a request that comes on one is still
+   * answered, with `Connection: close`, so that a proxy in front loses none. Without it they are closed at once.
+   */
+  shutdown(grace?: number): Promise<void>;
 }
 
 /**
@@ -3700,6 +3709,10 @@ class HttpServer implements Server {
   readonly #hosts: ReadonlySet<string> | undefined;
   readonly #sweeper: ReturnType<typeof setInterval>;
   #drainDeadline = Infinity;
+  #idleDeadline = Infinity;
+  #stopping: Promise<void> | undefined;
+  /** Connections accepted so far. */
+  #taken = 0;
   #second = 0;
   #date = "";
   #backoff: PromiseWithResolvers<void> | undefined;
@@ -3752,6 +3765,7 @@ class HttpServer implements Server {
     while (!this.draining) {
       try {
         this.#take(await this.#listener.accept());
+        this.#taken++;
       } catch (error) {
         if (this.draining) return;
         // Out of files, or a client that gave up: wait a little, others will close theirs.
@@ -3786,21 +3800,34 @@ class HttpServer implements Server {
     for (const connection of this.#connections) {
       if (now > connection.deadline) connection.expire();
       else if (now > this.#drainDeadline) connection[Symbol.dispose]();
+      else if (now > this.#idleDeadline) connection.closeIfIdle();
     }
   }
 
   readonly #drained = Promise.withResolvers<void>();
 
-  shutdown(): Promise<void> {
-    if (!this.draining) {
-      this.draining = true;
-      this.#drainDeadline = performance.now() + DRAIN_TIME;
-      this.#listener.close();
-      this.#backoff?.resolve();
-      for (const connection of this.#connections) connection.closeIfIdle();
-      if (this.#connections.size === 0) this.#drained.resolve();
-    }
+  shutdown(grace: number = 0): Promise<void> {
+    this.#stopping ??= this.#stop(grace);
     return this.finished;
+  }
+
+  async #stop(grace: number): Promise<void> {
+    if (grace > 0) await this.#emptyBacklog();
+    this.draining = true;
+    this.#drainDeadline = performance.now() + DRAIN_TIME;
+    this.#idleDeadline = performance.now() + grace;
+    this.#listener.close();
+    this.#backoff?.resolve();
+    if (grace === 0) { for (const connection of this.#connections) connection.closeIfIdle(); }
+    if (this.#connections.size === 0) this.#drained.resolve();
+  }
+
+  /** Waits until nobody new came for a moment: closing a listener resets what the system has taken for it. */
+  async #emptyBacklog(): Promise<void> {
+    for (let turn = 0, seen = -1; turn < BACKLOG_TURNS && seen !== this.#taken; turn++) {
+      seen = this.#taken;
+      await new Promise((resolve) => setTimeout(resolve, BACKLOG_TURN));
+    }
   }
 
   async #end(): Promise<void> {
@@ -4100,12 +4127,12 @@ async function startWorkers(options: ServeOptions, count: number): Promise<Serve
   const addr = await start(options.port ?? DEFAULTS.port);
   await Promise.all(Array.from({ length: count - 1 }, () => start(addr.port)));
   const finished = stopped.promise.then(() => log.close());
-  const shutdown = () => {
+  const shutdown = (grace: number = 0) => {
     draining = true;
-    for (const worker of workers) worker.postMessage("stop");
+    for (const worker of workers) worker.postMessage({ stop: grace });
     return finished;
   };
-  return { addr, finished, shutdown, [Symbol.asyncDispose]: shutdown };
+  return { addr, finished, shutdown, [Symbol.asyncDispose]: () => shutdown() };
 }
 
 /** The other side: a thread that serves until it is told to stop. */
@@ -4113,15 +4140,14 @@ async function runWorker(): Promise<void> {
   const main = globalThis as unknown as Worker;
   const report = (message: WorkerReport) => main.postMessage(message);
   const { promise, resolve } = Promise.withResolvers<ServeOptions>();
-  const stop = Promise.withResolvers<void>();
-  main.onmessage = ({ data }) => data === "stop" ? stop.resolve() : resolve(data);
+  const stop = Promise.withResolvers<number>();
+  main.onmessage = ({ data }) => "stop" in data ? stop.resolve(data.stop) : resolve(data);
   const options = await promise;
   try {
     const onLog = (lines: string) => report({ kind: "log", lines });
     const server = serve({ ...options, routes: routesFor(options), reusePort: true, onLog });
     report({ kind: "listening", addr: server.addr as Deno.NetAddr });
-    await stop.promise;
-    await server.shutdown();
+    await server.shutdown(await stop.promise);
     report({ kind: "stopped" });
   } catch (error) {
     report({ kind: "failed", reason: explainFailure(error, options) });
@@ -4130,6 +4156,8 @@ async function runWorker(): Promise<void> {
 
 /** Most text of the log that waits for a slow reader, in characters; what comes then is counted and dropped. */
 const LOG_LIMIT = 4 * 1024 * 1024;
+/** How long the end of a server waits for its last lines to be taken, in milliseconds. */
+const LOG_PATIENCE = 1000;
 /** For how long lines are gathered, in milliseconds. */
 const LOG_INTERVAL = 50;
 
@@ -4202,12 +4230,19 @@ class Log {
     this.#timer = this.#lines === "" ? undefined : setTimeout(() => this.#flush(), LOG_INTERVAL);
   }
 
-  /** Writes what is left. */
+  /** Writes what is left, if somebody takes it. */
   async close(): Promise<void> {
+    const { promise, resolve } = Promise.withResolvers<void>();
+    const patience = setTimeout(resolve, LOG_PATIENCE);
+    await Promise.race([promise, this.#finish()]);
+    clearTimeout(patience);
+    clearTimeout(this.#timer);
+  }
+
+  async #finish(): Promise<void> {
     await this.#writing?.catch(() => {});
     clearTimeout(this.#timer);
     if (this.#lines !== "") await this.#flush();
-    clearTimeout(this.#timer);
   }
 }
 
@@ -4342,7 +4377,8 @@ function explainFailure(error: unknown, settings: ServeOptions | undefined): str
   }
   const isPem = error instanceof Deno.errors.InvalidData || message.includes("KeyMismatch");
   if (isPem) return `--cert and --key are not a certificate and its key, both in PEM and not encrypted (${message})`;
-  return unix === undefined || error instanceof UsageError ? message : `${unix}: ${message}`;
+  if (error instanceof UsageError) return message;
+  return /lookup/.test(message) ? `${host}: ${message}` : unix === undefined ? message : `${unix}: ${message}`;
 }
 
 async function main(args: readonly string[]): Promise<void> {
@@ -4412,7 +4448,7 @@ function stopOnSignal(server: Server): void {
     Deno.addSignalListener(signal, () => {
       if (asked) Deno.exit(signal === "SIGTERM" ? 143 : 130);
       asked = true;
-      void server.shutdown().then(() => Deno.exit(0));
+      void server.shutdown(signal === "SIGTERM" ? IDLE_GRACE : 0).then(() => Deno.exit(0));
     });
   }
 }

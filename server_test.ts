@@ -406,6 +406,12 @@ const CONNECTIONS: readonly [says: string, ServeOptions, (client: Client, server
     assert(reply === undefined || reply.status === 400);
     await client.end();
   }],
+  ["is heard by a client that still sends what was refused", { maxBody: 8 }, async (client) => {
+    // To close with bytes unread would be a reset, and could take the answer with it (RFC 9112 §9.6).
+    await client.send(post("/echo", "x".repeat(900_000)));
+    assertEquals((await client.receive()).status, 413);
+    await client.end();
+  }],
   ["survives a client that resets", {}, async (client, server) => {
     for (let i = 0; i < 10; i++) {
       using rude = await Client.connect(server);
@@ -2863,6 +2869,9 @@ function serveSlowly(options: ServeOptions = {}) {
 Deno.test("shutdown() lets an answer under way finish, and closes the rest", async () => {
   const { server, asked, answer } = serveSlowly();
   const { port } = server.addr as Deno.NetAddr;
+  let finished = false;
+  server.finished.then(() => finished = true);
+  await ask(server, get("/")); // One that comes and goes before.
   using client = await Client.connect(server);
   using idle = await Client.connect(server);
   using silent = await Client.connect(server);
@@ -2874,6 +2883,7 @@ Deno.test("shutdown() lets an answer under way finish, and closes the rest", asy
   await idle.end();
   await silent.end();
   await assertRejects(() => Deno.connect({ hostname: "127.0.0.1", port }), Deno.errors.ConnectionRefused);
+  assert(!finished);
   answer.resolve("done");
   const reply = await client.receive();
   assertEquals([textOf(reply), reply.fields.get("connection")], ["done", "close"]);

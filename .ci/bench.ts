@@ -64,10 +64,9 @@ function bareLoop(): number {
   return listener.addr.port;
 }
 
-const running = new Set<Deno.ChildProcess>();
-
 /** Another process of Deno, which writes numbers, each at the end of a line. */
 class Child implements AsyncDisposable {
+  static readonly running = new Set<Child>();
   readonly #process: Deno.ChildProcess;
   readonly #stdin: WritableStreamDefaultWriter<Uint8Array>;
   readonly #stdout: ReadableStreamDefaultReader<string>;
@@ -79,7 +78,8 @@ class Child implements AsyncDisposable {
       stdin: "piped",
       stdout: "piped",
     });
-    running.add(this.#process = command.spawn());
+    this.#process = command.spawn();
+    Child.running.add(this);
     this.#stdin = this.#process.stdin.getWriter();
     this.#stdout = this.#process.stdout.pipeThrough(new TextDecoderStream()).getReader();
   }
@@ -102,26 +102,26 @@ class Child implements AsyncDisposable {
     return await this.number();
   }
 
-  async [Symbol.asyncDispose](): Promise<void> {
+  kill(): void {
+    Child.running.delete(this);
     try {
       this.#process.kill();
     } catch { /* It has ended by itself. */ }
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    this.kill();
     await Promise.allSettled([this.#stdin.close(), this.#stdout.cancel(), this.#process.status]);
-    running.delete(this.#process);
   }
 }
 
 // ── Clients ─────────────────────────────────────────────────────────────────────────────────────
 
-interface Load {
-  readonly connections: number;
-  /** Requests that are sent at once, before their answers are read. @default {1} */
-  readonly depth?: number;
-  /** Fields besides Host. Seven zeros become a number, another one in each request. */
-  readonly fields?: string;
-  /** Every request has a connection of its own. */
-  readonly fresh?: boolean;
-}
+/**
+ * `depth` requests are sent at once, before their answers are read. `fields` come after Host; seven zeros in them
+ * become a number, another one in each request. `fresh`: every request has a connection of its own.
+ */
+type Load = { connections: number; depth?: number; fields?: string; fresh?: boolean };
 
 /** Makes a function that finds how long the answer at `at` is: 0 if it is not whole yet. */
 function framing(): (bytes: Uint8Array, at: number, end: number) => number {
@@ -210,7 +210,7 @@ async function takeTurns<S, R>(subjects: readonly S[], measure: (subject: S) => 
 const median = (values: readonly number[]) => values.toSorted((a, b) => a - b)[values.length >> 1]!;
 
 function print(title: string, name: string, ...cells: string[]): void {
-  console.log(title.padEnd(35) + name.padEnd(24) + cells.map((cell) => cell.padStart(13)).join(""));
+  console.log((title.padEnd(35) + name.padEnd(24) + cells.map((cell) => cell.padStart(15)).join("")).trimEnd());
 }
 
 /** Prints a group of rows: name, median, median ratio to the first, and what else there is to say. */
@@ -352,15 +352,11 @@ async function measureEncoders(): Promise<void> {
 async function measureStart(folder: string): Promise<void> {
   const server = import.meta.resolve("../server.ts");
   const onListen = "const onListen = ({ port }) => console.log(port);";
-  const scripts = {
-    theirs: `${onListen}
-const handler = () => new Response("${HELLO}");
-Deno.serve({ port: 0, hostname: "127.0.0.1", onListen }, handler);`,
-    ours: `import { serve } from "${server}";
-${onListen}
-serve({ port: 0, body: "${HELLO}", onListen });`,
-  };
-  for (const [name, text] of Object.entries(scripts)) await Deno.writeTextFile(`${folder}/${name}.ts`, text);
+  const handler = `const handler = () => new Response("${HELLO}");`;
+  const theirs = [onListen, handler, `Deno.serve({ port: 0, hostname: "127.0.0.1", onListen }, handler);`];
+  const ours = [`import { serve } from "${server}";`, onListen, `serve({ port: 0, body: "${HELLO}", onListen });`];
+  await Deno.writeTextFile(`${folder}/theirs.ts`, theirs.join("\n"));
+  await Deno.writeTextFile(`${folder}/ours.ts`, ours.join("\n"));
   const commands = {
     "Deno.serve, 3 lines": [`${folder}/theirs.ts`],
     "charserve, 3 lines": [`${folder}/ours.ts`],
@@ -400,10 +396,10 @@ if (role === "--serve") {
   console.log(performance.now() - from);
 } else {
   const folder = await Deno.makeTempDir();
-  const end = (status: number, reason?: string) => {
-    if (reason) console.error(reason);
-    for (const child of running) child.kill();
+  const end = (status: number, reason = "") => {
+    for (const child of Child.running) child.kill();
     Deno.removeSync(folder, { recursive: true });
+    if (reason) console.error(reason);
     Deno.exit(status);
   };
   Deno.addSignalListener("SIGINT", () => end(130));
