@@ -275,6 +275,7 @@ function fieldLine(text: string): Field {
 
 /** `, did you mean X?` for the candidate with the least edit distance, if one is near. */
 function didYouMean(typed: string, candidates: readonly string[]): string {
+  if (typed.length > 40) return ""; // Nobody means that, and comparing it would take long.
   let best = "", least = Math.max(2, typed.length / 3);
   for (const candidate of candidates) {
     const distance = editDistance(typed.toLowerCase(), candidate);
@@ -383,22 +384,36 @@ function parseDate(text: string): number {
   return NaN;
 }
 
-/** The members of a comma-separated list (RFC 9110 §5.6.1), trimmed, without the empty ones. */
-function parseList(value: string): string[] {
-  return value.split(",").map((member) => member.replace(/^[ \t]+|[ \t]+$/g, "")).filter((member) => member !== "");
+/** Text without the white space of HTTP at its ends (RFC 9110 §5.6.3); in linear time, unlike a pattern. */
+function trimSpace(text: string): string {
+  let start = 0, end = text.length;
+  while (start < end && (text[start] === " " || text[start] === "\t")) start++;
+  while (start < end && (text[end - 1] === " " || text[end - 1] === "\t")) end--;
+  return text.slice(start, end);
 }
 
-const WEIGHTED =
-  /^(?<item>[^;\s]+)(?:[ \t]*;(?![ \t]*q=)[^;]*)*(?:[ \t]*;[ \t]*q=(?<q>0(?:\.\d{0,3})?|1(?:\.0{0,3})?))?[ \t]*$/i;
+/** The members of a comma-separated list (RFC 9110 §5.6.1), trimmed, without the empty ones. */
+function parseList(value: string): string[] {
+  return value.split(",").map(trimSpace).filter((member) => member !== "");
+}
 
-/** An `Accept…` field (RFC 9110 §12.4.2): what is accepted, in lower case, with its quality. */
+const QUALITY = /^q=(?<quality>0(?:\.\d{0,3})?|1(?:\.0{0,3})?)$/i;
+
+/** An `Accept…` field (RFC 9110 §12.4.2): what is accepted, in lower case, with its quality; malformed members are ignored. */
 function parseAccept(value: string): Map<string, number> {
   const qualities = new Map<string, number>();
   for (const member of parseList(value)) {
-    const { item, q } = WEIGHTED.exec(member)?.groups ?? {};
-    if (item !== undefined) qualities.set(item.toLowerCase(), q === undefined ? 1 : Number(q));
+    const [item, ...parameters] = member.split(";").map(trimSpace);
+    const weight = parameters.find((parameter) => /^q=/i.test(parameter)) ?? "q=1";
+    const quality = QUALITY.exec(weight)?.groups?.quality;
+    if (item && quality !== undefined) qualities.set(item.toLowerCase(), Number(quality));
   }
   return qualities;
+}
+
+/** The media type of a Content-Type, without its parameters, in lower case (RFC 9110 §8.3.1). */
+function essenceOf(contentType: string): string {
+  return trimSpace(contentType.split(";", 1)[0]!).toLowerCase();
 }
 
 /** Text with what markup would take for its own made harmless. */
@@ -614,6 +629,7 @@ class Connection implements Disposable {
     const known = this.#last !== undefined && this.#repeats(this.#last) ? this.#last : this.#recall(available);
     this.current = known;
     if (known !== undefined) {
+      this.#unread = undefined;
       this.#start += known.bytes.length;
       return this.#last = known;
     }
@@ -1765,16 +1781,14 @@ class IncomingRequest implements Incoming {
 
   async text(): Promise<string> {
     const bytes = await this.bytes(), field = this.header("content-type") ?? "text/plain";
-    const label = /;\s*charset="?([^\s";]+)/i.exec(field)?.[1]?.toLowerCase();
+    const label = /;[ \t]?charset="?([^\s";]+)/i.exec(field)?.[1]?.toLowerCase();
     if (label !== undefined && !LABELS.includes(label)) throw new HttpError(415, `The charset "${label}" is unknown`);
-    const declared = label === undefined
-      ? storedEncoding(bytes, field.replace(/\s*;.*/s, "").toLowerCase())
-      : encodingOf(label);
+    const declared = label === undefined ? storedEncoding(bytes, essenceOf(field)) : encodingOf(label);
     return decodeText(bytes, sniffByteOrderMark(bytes) ?? declared ?? this.charset);
   }
 
   async form(): Promise<URLSearchParams> {
-    if (!/^application\/x-www-form-urlencoded\s*(?:;|$)/i.test(this.header("content-type") ?? "")) {
+    if (essenceOf(this.header("content-type") ?? "") !== "application/x-www-form-urlencoded") {
       throw new HttpError(415, "Expected a form (application/x-www-form-urlencoded)");
     }
     return parseForm(latin1(await this.bytes()), this.charset);
@@ -1885,6 +1899,7 @@ function locate(server: HttpServer, incoming: IncomingRequest): Resource | Promi
   const { method } = incoming, allowed = new Set<string>();
   const path = incoming.head.path === "*" ? "*" : incoming.path;
   for (const [pattern, handler, methods = ["GET"]] of server.routes) {
+    pattern.lastIndex = 0; // Should it be global or sticky, it starts anew.
     const match = pattern.exec(path);
     if (match === null) continue;
     if (methods.includes(method) || method === "HEAD" && methods.includes("GET")) {
@@ -2033,6 +2048,8 @@ const COMPRESSION_LEAST = 1024;
 const REPEATABLE_LIMIT = 4 * 1024;
 /** What the caches of files may hold, in bytes. */
 const CACHE_SIZE = 64 * 1024 * 1024;
+/** A file younger than this is not kept in memory, in milliseconds. */
+const RACY_TIME = 50;
 /** For how long a file is believed unchanged without another look, in milliseconds. */
 const STAT_INTERVAL = 10;
 
@@ -2184,8 +2201,9 @@ function representContent(server: HttpServer, incoming: IncomingRequest, content
   const isBody = content instanceof Uint8Array || content instanceof ReadableStream;
   const answer: Answer = isBody ? { body: content } : content;
   const { status = 200, headers = {}, body = "" } = answer, fields = handlerFields(headers);
+  if (!Number.isInteger(status) || status < 200 || status > 599) throw new TypeError(`Cannot send status ${status}`);
   const named = Object.entries(headers).find(([name]) => name.toLowerCase() === "content-type")?.[1];
-  const type = answer.type ?? named?.replace(/\s*;.*/s, "").toLowerCase() ?? defaultType(body);
+  const type = answer.type ?? (named && essenceOf(named)) ?? defaultType(body);
   if (typeof body === "string") return representText(server, incoming, answer, type, body, fields);
   const charset = answer.charset && encodingOf(answer.charset);
   fields.push(
@@ -2360,7 +2378,8 @@ async function listFolder(
     descending: query.has("desc"),
     page: numberParameter(query, "page", 1, 1_000_000) ?? 1,
   };
-  const names = await listNames(server, path, search);
+  const names = await orNothing(listNames(server, path, search));
+  if (names === undefined) throw new HttpError(404, "Nothing is here any more");
   const shown = await describeEntries(server, path, names, asked);
   const headers = { Vary: "Accept", "Cache-Control": "no-cache", "Content-Security-Policy": PAGE_POLICY };
   const accepted = parseAccept(incoming.header("accept") ?? "");
@@ -2594,23 +2613,38 @@ async function writeAll(stream: WritableStream<BufferSource>, bytes: Uint8Array<
   await writer.close();
 }
 
-/** The representation's bytes as the content of a 200: from the cache, from memory, or as a stream. */
+/** The representation's bytes as the content of a 200: a stream, or from memory, where many requests share them. */
 async function readContent(server: HttpServer, chosen: Representation): Promise<Message> {
   const { file, source, stored, encoding, coding, fields } = chosen;
-  const key = `${file.path}|${stored}|${encoding}|${coding}`, identity = `${file.identity}|${source.identity}`;
-  const cached = server.messages.get(key);
-  if (cached?.identity === identity) return cached.message;
   if (source.size > BUFFERED_LIMIT) {
     const content = encoding === stored ? streamFile(source) : streamConverted(server, chosen);
     return { status: 200, fields, content, charset: encoding };
   }
+  const key = `${file.path}|${stored}|${encoding}|${coding}`, identity = `${file.identity}|${source.identity}`;
+  const cached = server.messages.get(key);
+  if (cached?.identity === identity) return await cached.message;
+  const message = loadMessage(server, chosen);
+  server.messages.set(key, { identity, message }, source.size * 3);
+  const forget = () => server.messages.delete(key);
+  // A file written a moment ago may be written again without its times showing it.
+  message.then(() => Date.now() - file.time < RACY_TIME && forget(), forget);
+  return await message;
+}
+
+async function loadMessage(server: HttpServer, chosen: Representation): Promise<WholeMessage> {
+  const { file, source, stored, encoding, coding, fields } = chosen;
   const bytes = await readWhole(source);
   const { bytes: converted, lost } = encoding === stored ? { bytes, lost: 0 } : convert(server, chosen, bytes);
   const content = coding !== undefined && source === file ? await compress(converted, coding) : converted;
-  const message: Message = { status: 200, fields, content, charset: encoding, lost, isFresh: freshness(file, source) };
-  // A file written a moment ago may be written again without its times showing it.
-  if (Date.now() - file.time > 50) server.messages.set(key, { identity, message }, content.length * 2);
-  return message;
+  const isSettled = Date.now() - file.time > RACY_TIME;
+  return {
+    status: 200,
+    fields,
+    content,
+    charset: encoding,
+    lost,
+    ...(isSettled && { isFresh: freshness(file, source) }),
+  };
 }
 
 /** Decodes, corrects the declaration inside, encodes. */
@@ -2659,16 +2693,14 @@ async function readFully(file: Deno.FsFile, buffer: Uint8Array): Promise<number>
   return length;
 }
 
-/** A file that is no longer what was stat'ed: its length is not the promised one. */
-class FileChanged extends Error {}
+/** For a file that is no longer what was stat'ed: its length is not the promised one. */
+const fileChanged = () => new HttpError(503, "The file is being written", [["Retry-After", "1"]]);
 
 async function readWhole({ path, size, identity }: FileFound): Promise<Uint8Array<ArrayBuffer>> {
   using file = await openFile(path);
   const bytes = new Uint8Array(size);
   const length = await readFully(file, bytes);
-  if (length !== size || identityOf(await file.stat()) !== identity) {
-    throw new HttpError(503, "The file is being written", [["Retry-After", "1"]]);
-  }
+  if (length !== size || identityOf(await file.stat()) !== identity) throw fileChanged();
   return bytes;
 }
 
@@ -2678,15 +2710,13 @@ function streamFile(source: FileFound): Stream {
     length: source.size,
     async *read(start = 0, end = Infinity) {
       using file = await openFile(source.path);
-      if (identityOf(await file.stat()) !== source.identity) {
-        throw new FileChanged(`${source.path} changed while it was sent`);
-      }
+      if (identityOf(await file.stat()) !== source.identity) throw fileChanged();
       if (start > 0) await file.seek(start, Deno.SeekMode.Start);
       const buffer = new Uint8Array(PIECE_SIZE);
       for (let left = Math.min(end, source.size) - start; left > 0;) {
         const piece = left < PIECE_SIZE ? buffer.subarray(0, left) : buffer;
         const length = await readFully(file, piece);
-        if (length < piece.length) throw new FileChanged(`${source.path} shrank while it was sent`);
+        if (length < piece.length) throw fileChanged();
         left -= length;
         yield piece;
       }
@@ -2745,7 +2775,7 @@ function evaluatePreconditions(head: RequestHead, { etag, file }: Representation
 
 /** Whether a list of entity tags has this one (RFC 9110 §8.8.3.2). */
 function matchesTag(list: string, etag: string, comparison: "strong" | "weak"): boolean {
-  if (list.trim() === "*") return true;
+  if (list === "*") return true;
   return [...list.matchAll(/(W\/)?("[\x21\x23-\x7e\x80-\xff]*")/g)]
     .some(([, weak, tag]) => tag === etag && !(weak && comparison === "strong"));
 }
@@ -2874,14 +2904,19 @@ function formatHead(server: HttpServer, message: Message, head: RequestHead | un
     if (!server.ownFields.has(name.toLowerCase())) text += `${name}: ${value}\r\n`;
   }
   text += server.extraHead;
-  // 204 and 304 end with their head; HTTP/1.0 knows no chunks: there the end of the connection is the end.
-  if (status !== 204 && status !== 304) {
+  // HTTP/1.0 knows no chunks: there the end of the connection is the end.
+  if (!hasNoContent(status)) {
     if (content.length !== undefined) text += `Content-Length: ${content.length}\r\n`;
     else if (head?.minor === 1) text += "Transfer-Encoding: chunked\r\n";
   }
   if (!persistent) text += "Connection: close\r\n";
   else if (head?.minor === 0) text += "Connection: keep-alive\r\n";
   return text + "\r\n";
+}
+
+/** Statuses whose responses end with their head (RFC 9112 §6.3). */
+function hasNoContent(status: number): boolean {
+  return status === 204 || status === 304;
 }
 
 /** A message whose content is bytes. */
@@ -2901,7 +2936,7 @@ function compose(
 ): Uint8Array {
   const text = formatHead(server, message, head, persistent);
   server.log.wire(text, ">");
-  const length = isHead ? 0 : message.content.length;
+  const length = isHead || hasNoContent(message.status) ? 0 : message.content.length;
   const bytes = allocate(text.length + length);
   writeLatin1(text, bytes);
   if (length > 0) bytes.set(message.content, text.length);
@@ -2915,12 +2950,13 @@ async function writeStream(
   message: Message & { content: Stream },
   head: RequestHead,
 ): Promise<void> {
-  const { content } = message, chunked = content.length === undefined && head.minor === 1;
+  const { content, status } = message, isBare = head.method === "HEAD" || hasNoContent(status);
+  const chunked = content.length === undefined && head.minor === 1;
   if (content.length === undefined && !chunked) connection.close(false);
   const text = formatHead(server, message, head, persists(server, connection, head));
   server.log.wire(text, ">");
   let before: Uint8Array = latin1Bytes(text), sent = 0;
-  if (head.method === "HEAD") await content.cancel?.();
+  if (isBare) await content.cancel?.();
   else {
     // The head leaves with the first piece, if that is not long in coming: when it cannot be had, an error
     // page can still be sent.
@@ -3701,7 +3737,7 @@ class HttpServer implements Server {
   /** Caches: of heads, of what is known of files' charsets, of files' responses. */
   readonly heads = new Map<string, KnownHead>();
   readonly charsets = new Cache<StoredCharset>(CACHE_SIZE / 4);
-  readonly messages = new Cache<{ readonly identity: string; readonly message: Message }>(CACHE_SIZE);
+  readonly messages = new Cache<{ readonly identity: string; readonly message: Promise<Message> }>(CACHE_SIZE);
   draining = false;
   readonly #listener: Deno.Listener;
   readonly #connections = new Set<Connection>();
@@ -4007,7 +4043,7 @@ function finish(
 /** The client's address; with `--trust-proxy`, the one that the proxy before us gives (RFC 7239 §5.2). */
 function clientOf(server: HttpServer, connection: Connection, head: RequestHead | undefined): string {
   if (!server.settings.trustProxy || head === undefined) return connection.remote;
-  const forwarded = fieldValue(head, "forwarded")?.match(/.*\bfor="?\[?([^\s;,"\]]+)/i)?.[1];
+  const forwarded = fieldValue(head, "forwarded")?.match(/^.*\bfor="?\[?([^\s;,"\]]+)/i)?.[1];
   // Only the last address was written by the proxy that we trust; those before it came from the client.
   const client = forwarded ?? parseList(fieldValue(head, "x-forwarded-for") ?? "").at(-1);
   return client !== undefined && /^[0-9A-Za-z.:_%-]{1,64}$/.test(client) ? client : connection.remote;
