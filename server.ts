@@ -2378,9 +2378,9 @@ async function listFolder(
     descending: query.has("desc"),
     page: numberParameter(query, "page", 1, 1_000_000) ?? 1,
   };
-  const names = await orNothing(listNames(server, path, search));
-  if (names === undefined) throw new HttpError(404, "Nothing is here any more");
-  const shown = await describeEntries(server, path, names, asked);
+  const listed = await orNothing(listNames(server, path, search));
+  if (listed === undefined) throw new HttpError(404, "Nothing is here any more");
+  const shown = await describeEntries(server.root!, path, listed, asked), count = listed.names.length;
   const headers = { Vary: "Accept", "Cache-Control": "no-cache", "Content-Security-Policy": PAGE_POLICY };
   const accepted = parseAccept(incoming.header("accept") ?? "");
   if ((accepted.get("application/json") ?? 0) > (accepted.get("text/html") ?? 0)) {
@@ -2391,44 +2391,45 @@ async function listFolder(
     );
     return { type: "application/json", headers, body: JSON.stringify(list, null, 1) + "\n" };
   }
-  return { type: "text/html", headers, body: listingHtml(segments, shown, names.length, asked, query.get("charset")) };
+  return { type: "text/html", headers, body: listingHtml(segments, shown, count, asked, query.get("charset")) };
 }
 
-/** Names in a folder that contain what is searched for, sorted; links that lead elsewhere are told apart later. */
-async function listNames(server: HttpServer, path: string, search: string): Promise<string[]> {
-  const names: string[] = [], wanted = search.normalize().toLowerCase();
-  for await (const { name } of Deno.readDir(path)) {
+/** What is in a folder: the names, sorted, and which of them are symbolic links. */
+interface Listed {
+  readonly names: string[];
+  readonly links: ReadonlySet<string>;
+}
+
+/** Names in a folder that contain what is searched for; links that lead out of ROOT are told apart later. */
+async function listNames(server: HttpServer, path: string, search: string): Promise<Listed> {
+  const names: string[] = [], links = new Set<string>(), wanted = search.normalize().toLowerCase();
+  for await (const { name, isSymlink } of Deno.readDir(path)) {
     if (!server.settings.dotfiles && name.startsWith(".")) continue;
-    if (wanted === "" || name.normalize().toLowerCase().includes(wanted)) names.push(name);
+    if (wanted !== "" && !name.normalize().toLowerCase().includes(wanted)) continue;
+    names.push(name);
+    if (isSymlink) links.add(name);
   }
-  return names.sort();
+  return { names: names.sort(), links };
 }
 
 /** The entries of one page. Only an order by size or time needs to look at all of them. */
-async function describeEntries(
-  server: HttpServer,
-  path: string,
-  names: string[],
-  asked: ListingQuery,
-): Promise<Entry[]> {
-  const { sort, descending, page } = asked, first = (page - 1) * LISTING_PAGE;
+async function describeEntries(root: Root, path: string, listed: Listed, asked: ListingQuery): Promise<Entry[]> {
+  const { sort, descending, page } = asked, { names, links } = listed, first = (page - 1) * LISTING_PAGE;
   const onPage = <T>(list: T[]) => (descending ? list.reverse() : list).slice(first, first + LISTING_PAGE);
   const looked = sort === "name" ? onPage(names) : names, entries: Entry[] = [];
   for (const [i, name] of looked.entries()) {
     if (i % LISTING_SLICE === LISTING_SLICE - 1) await new Promise((resolve) => setTimeout(resolve));
-    const entry = describeEntry(server.root!, path, name);
+    const entry = describeEntry(root, path + SEPARATOR + name, name, links.has(name));
     if (entry !== undefined) entries.push(entry);
   }
-  if (sort === "name") return entries;
-  return onPage(entries.sort((a, b) => a[sort] - b[sort]));
+  return sort === "name" ? entries : onPage(entries.sort((a, b) => a[sort] - b[sort]));
 }
 
 /** A file or folder of a listing; undefined for what is neither, is gone, or lies outside ROOT. */
-function describeEntry(root: Root, path: string, name: string): Entry | undefined {
+function describeEntry(root: Root, path: string, name: string, isLink: boolean): Entry | undefined {
   try {
-    const place = path + SEPARATOR + name;
-    if (Deno.lstatSync(place).isSymlink && !isInside(root, Deno.realPathSync(place))) return undefined;
-    const { isFile, isDirectory, size, mtime } = Deno.statSync(place);
+    if (isLink && !isInside(root, Deno.realPathSync(path))) return undefined;
+    const { isFile, isDirectory, size, mtime } = Deno.statSync(path);
     if (!isFile && !isDirectory) return undefined;
     return { name, isFolder: isDirectory, size: isDirectory ? 0 : size, time: mtime?.getTime() ?? 0 };
   } catch {

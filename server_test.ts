@@ -443,6 +443,14 @@ const CONNECTIONS: readonly [says: string, ServeOptions, (client: Client, server
     assertEquals((await answered).status, 408);
     await client.end();
   }],
+  ["says 408 to content that drips, however steadily", { idleTimeout: 100 }, async (client) => {
+    let waits = true;
+    const answered = client.receive().finally(() => waits = false);
+    await client.send(post("/echo", "x".repeat(10_000)).slice(0, -9_999));
+    while (waits) await client.send("x").then(() => delay(10));
+    assertEquals((await answered).status, 408);
+    await client.end();
+  }],
   ["says 408 to content that does not come", { idleTimeout: 100 }, async (client) => {
     await client.send(post("/echo", "hello").slice(0, -1));
     assertEquals((await client.receive()).status, 408);
@@ -1321,6 +1329,11 @@ Deno.test("Incoming gives its content again and again", async () => {
   const twice: Handler = async (incoming) => await incoming.text() + latin1(await incoming.bytes());
   await using server = serveEcho({ routes: [[/^/, twice, ["POST"]]] });
   assertEquals(textOf(await ask(server, post("/", "a"))), "aa");
+});
+
+Deno.test("Incoming is no request of the web, if its Host makes no URL: 400", async () => {
+  await using server = serveEcho({ routes: [[/^/, ({ request }) => request.url]] });
+  assertEquals((await ask(server, head("GET / HTTP/1.1", "Host: a%zz"))).status, 400);
 });
 
 Deno.test("Incoming is also a request of the web", async () => {
@@ -2914,6 +2927,26 @@ Deno.test("shutdown() lets a stream finish", async () => {
   go.resolve();
   assertEquals(textOf(await reply), "ab");
   client[Symbol.dispose]();
+  await stopped;
+});
+
+Deno.test("shutdown() with a grace answers what idle connections still ask", async () => {
+  const server = serveEcho();
+  using client = await Client.connect(server);
+  using silent = await Client.connect(server);
+  await client.send(get("/"));
+  await client.receive();
+  const stopped = server.shutdown(200);
+  await client.send(get("/"));
+  const first = await client.receive();
+  // It may have come before the server began to stop: then the next one is the last.
+  if (first.fields.get("connection") !== "close") {
+    while (await answers(server.addr as Deno.NetAddr)) await delay(5);
+    await client.send(get("/"));
+    assertEquals((await client.receive()).fields.get("connection"), "close");
+  }
+  await client.end();
+  await silent.end();
   await stopped;
 });
 

@@ -196,7 +196,7 @@ async function drive(port: number, { connections, depth = 1, fields = "", fresh 
 // ── Rounds and tables ───────────────────────────────────────────────────────────────────────────
 
 /** Measures all in turn, `rounds` times; a round whose number is below 0 only warms up. Results by subject. */
-async function takeTurns<S, R>(subjects: readonly S[], measure: (subject: S) => R, from: number, rounds: number) {
+async function takeTurns<S, R>(subjects: readonly S[], from: number, rounds: number, measure: (subject: S) => R) {
   const results: Awaited<R>[][] = subjects.map(() => []);
   for (let round = from; round < rounds; round++) {
     for (const [index, subject] of subjects.entries()) {
@@ -265,16 +265,11 @@ async function measureRequests(folder: string): Promise<void> {
   }
   print("REQUESTS", "", "requests/s", "ratio", "CPU µs each");
   for (const [title, load, names] of LOADS) {
-    const results = await takeTurns(
-      names.map((name) => servers[name]!),
-      async ({ child, port }) => {
-        const before = await child.processorTime();
-        const { answers, rate } = await drive(port, load);
-        return { rate, cost: (await child.processorTime() - before) / answers };
-      },
-      0,
-      5,
-    );
+    const results = await takeTurns(names.map((name) => servers[name]!), 0, 7, async ({ child, port }) => {
+      const before = await child.processorTime();
+      const { answers, rate } = await drive(port, load);
+      return { rate, cost: (await child.processorTime() - before) / answers };
+    });
     const costs = results.map((rounds) => median(rounds.map(({ cost }) => cost)).toFixed(1));
     report(title, names, results.map((rounds) => rounds.map(({ rate }) => rate)), costs);
   }
@@ -323,26 +318,16 @@ async function measureEncoders(): Promise<void> {
   for (const label of Object.keys(WORDS)) {
     const text = textOf(label), size = utf8.encode(text).length;
     if (new TextDecoder(label).decode(encode(text, label)) !== text) throw new Error(`${label} loses text`);
-    const results = await takeTurns(
-      Object.values(encoders),
-      (encoder) => {
-        const from = performance.now();
-        for (let times = 0; times < 4; times++) encoder(text, label);
-        return 4 * size / 1000 / (performance.now() - from);
-      },
-      -2,
-      11,
-    );
+    const results = await takeTurns(Object.values(encoders), -2, 11, (encoder) => {
+      const from = performance.now();
+      for (let times = 0; times < 4; times++) encoder(text, label);
+      return 4 * size / 1000 / (performance.now() - from);
+    });
     // Tables are made on first use: in a process that is new.
-    const [first] = await takeTurns(
-      [label],
-      async () => {
-        await using child = new Child("-A", import.meta.filename!, "--first", label);
-        return await child.number();
-      },
-      0,
-      5,
-    );
+    const [first] = await takeTurns([label], 0, 5, async () => {
+      await using child = new Child("-A", import.meta.filename!, "--first", label);
+      return await child.number();
+    });
     report(label, Object.keys(encoders), results, ["", median(first!).toFixed(1)]);
   }
 }
@@ -363,18 +348,13 @@ async function measureStart(folder: string): Promise<void> {
     "server.ts --body": [server, "--port=0", "--log=none", `--body=${HELLO}`],
   };
   // The first round fills Deno's caches of compiled code.
-  const results = await takeTurns(
-    Object.values(commands),
-    async (args) => {
-      const from = performance.now();
-      await using child = new Child("--allow-net", ...args);
-      using conn = await Deno.connect({ ...local, port: await child.number() });
-      await converse(conn, utf8.encode("GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"), 1, () => true);
-      return performance.now() - from;
-    },
-    -1,
-    9,
-  );
+  const results = await takeTurns(Object.values(commands), -1, 9, async (args) => {
+    const from = performance.now();
+    await using child = new Child("--allow-net", ...args);
+    using conn = await Deno.connect({ ...local, port: await child.number() });
+    await converse(conn, utf8.encode("GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"), 1, () => true);
+    return performance.now() - from;
+  });
   print("\nSTART", " ", "ms", "ratio");
   report("deno run to the first 200", Object.keys(commands), results);
 }
