@@ -502,6 +502,8 @@ const CHUNK_LINE_LIMIT = 1024;
 const BUFFER_SIZE = 4 * 1024;
 /** Most that is read and thrown away, in bytes and milliseconds, so that a last answer is not lost to a reset (RFC 9112 §9.6). */
 const LINGER_BYTES = 1024 * 1024, LINGER_TIME = 2000;
+/** Most that is gathered for one write before it is sent, in bytes: a client that does not read must not make us hold more. */
+const READY_LIMIT = 64 * 1024;
 /** Heads that are remembered parsed: how many, and the longest, in bytes. */
 const KNOWN_HEADS = 1024, KNOWN_HEAD_SIZE = 2048;
 
@@ -549,6 +551,7 @@ class Connection implements Disposable {
   #end = 0;
   #last: KnownHead | undefined;
   #ready: Uint8Array[] = [];
+  #readySize = 0;
   #closed = false;
   /** What has not been read of the current request's content. */
   #unread: AsyncGenerator<Uint8Array, void> | undefined;
@@ -581,7 +584,7 @@ class Connection implements Disposable {
           for (let known; !this.closing && (known = this.#takeHead()) !== undefined;) {
             const reply = respond(known);
             if (!(reply instanceof Uint8Array)) return wait(reply);
-            this.#ready.push(reply);
+            if (this.#push(reply) > READY_LIMIT) return this.#flush(answer, reject);
           }
           this.#flush(this.closing ? () => resolve(undefined) : read, reject);
         } catch (error) {
@@ -597,8 +600,8 @@ class Connection implements Disposable {
       };
       const answered = (reply: Uint8Array | T) => {
         if (!(reply instanceof Uint8Array)) return resolve(reply);
-        this.#ready.push(reply);
-        answer();
+        if (this.#push(reply) > READY_LIMIT) this.#flush(answer, reject);
+        else answer();
       };
       const read = () => {
         this.#await(this.#start === this.#end ? "request" : "head");
@@ -686,12 +689,19 @@ class Connection implements Disposable {
     this.deadline = this.#patience.now + this.#patience[waiting];
   }
 
+  /** Adds to what is ready. Returns how much that is, in bytes. */
+  #push(bytes: Uint8Array): number {
+    this.#ready.push(bytes);
+    return this.#readySize += bytes.length;
+  }
+
   /** Writes all that is ready, then goes on. */
   #flush(then: () => void, fail: (error: unknown) => void): void {
     const ready = this.#ready;
     if (ready.length === 0) return then();
     const bytes = ready.length === 1 ? ready[0]! : concat(ready);
     this.#ready = [];
+    this.#readySize = 0;
     this.#await("reader");
     this.#conn.write(bytes).then((count) => {
       if (count === bytes.length) then();
@@ -727,7 +737,7 @@ class Connection implements Disposable {
     if (this.#awaitsContinue) {
       this.#awaitsContinue = false;
       // It goes behind the answers to earlier requests, which may not have left yet.
-      this.#ready.push(CONTINUE);
+      this.#push(CONTINUE);
       await new Promise<void>((resolve, reject) => this.#flush(resolve, reject));
     }
     const pieces: Uint8Array[] = [];
@@ -1884,12 +1894,17 @@ type Resource =
 
 /** A regular file below ROOT. */
 interface FileFound {
-  /** Where it was looked for: what the cache asks again about. */
+  /** Where it is: no part of it is a symbolic link. */
   readonly path: string;
+  /** What it was asked for as: it decides the media type. */
   readonly name: string;
+  /** Whether a symbolic link led there: it may lead elsewhere next time. */
+  readonly isLinked: boolean;
   readonly size: number;
   /** Last modification, in milliseconds. */
   readonly time: number;
+  /** Differs between any two states of the file: last modification, last change, and size. */
+  readonly tag: string;
   /** Changes when the file does. */
   readonly identity: string;
 }
@@ -1946,8 +1961,8 @@ async function locateFile(server: HttpServer, root: Root, incoming: IncomingRequ
 
 async function findRootFile(root: Root, path: string): Promise<Resource | undefined> {
   const name = root.path.replace(/^.*[\/\\]/s, "");
-  const info = path === "/" || path === `/${name}` ? await statFile(root.path) : undefined;
-  return info?.isFile ? { kind: "file", file: describeFile(root.path, info) } : undefined;
+  const found = path === "/" || path === `/${name}` ? await look(root, root.path) : undefined;
+  return found?.info.isFile ? { kind: "file", file: describeFile(root.path, found) } : undefined;
 }
 
 const SEPARATOR = Deno.build.os === "windows" ? "\\" : "/";
@@ -1955,7 +1970,7 @@ const SEPARATOR = Deno.build.os === "windows" ? "\\" : "/";
 /** No file of ROOT has such a name: it climbs, is no name, or means a device on Windows. */
 const IMPOSSIBLE_NAME = Deno.build.os === "windows"
   // deno-lint-ignore no-control-regex
-  ? /^\.\.?$|[\x00-\x1f\/\\:*?"<>|]|[. ]$|^(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$)/i
+  ? /^\.\.?$|[\x00-\x1f\/\\:*?"<>|]|[. ]$|^(?:con|prn|aux|nul|conin\$|conout\$|(?:com|lpt)[\d¹²³]) *(?:\.|$)/i
   : /^\.\.?$|[\0\/\\]/;
 
 async function findBelow(server: HttpServer, root: Root, path: string, query: string): Promise<Resource | undefined> {
@@ -1963,18 +1978,21 @@ async function findBelow(server: HttpServer, root: Root, path: string, query: st
   if (!path.startsWith("/") || segments.some((name) => IMPOSSIBLE_NAME.test(name))) return undefined;
   if (!server.settings.dotfiles && segments.some((name) => name.startsWith("."))) return undefined;
   const target = [root.path, ...segments].join(SEPARATOR), isFolder = path.endsWith("/");
-  const info = await statInside(root, target);
-  if (info?.isFile) return isFolder ? undefined : { kind: "file", file: describeFile(target, info) };
-  if (!info?.isDirectory) return undefined;
+  const found = await look(root, target);
+  // A link, or a short name on Windows, may stand for a name that is hidden.
+  const isHidden = found?.real.slice(root.path.length).split(SEPARATOR).some((name) => name.startsWith("."));
+  if (isHidden && !server.settings.dotfiles) return undefined;
+  if (found?.info.isFile) return isFolder ? undefined : { kind: "file", file: describeFile(target, found) };
+  if (!found?.info.isDirectory) return undefined;
   if (!isFolder) {
     // Made of the decoded names, so that it begins with one slash and stays on this host.
     const location = segments.map((name) => "/" + encodeURIComponent(name)).join("") + "/";
     return { kind: "redirect", location: location + (query && "?" + latin1ToUri(query)) };
   }
-  const index = `${target}${SEPARATOR}index.html`, indexInfo = await statInside(root, index);
-  if (indexInfo?.isFile) return { kind: "file", file: describeFile(index, indexInfo) };
+  const index = `${target}${SEPARATOR}index.html`, foundIndex = await look(root, index);
+  if (foundIndex?.info.isFile) return { kind: "file", file: describeFile(index, foundIndex) };
   if (server.settings.noListing) throw new HttpError(403, "This folder is not listed");
-  return { kind: "folder", path: target, segments };
+  return { kind: "folder", path: found.real, segments };
 }
 
 /** Raw bytes of a query made fit for a Location field. */
@@ -1985,20 +2003,25 @@ function latin1ToUri(text: string): string {
   );
 }
 
-/** Stats what a path leads to, if links do not lead it out of ROOT. */
-async function statInside(root: Root, path: string): Promise<Deno.FileInfo | undefined> {
+/** What a path leads to. */
+interface Look {
+  /** The path without symbolic links. */
+  readonly real: string;
+  readonly info: Deno.FileInfo;
+}
+
+/** Looks at what a path leads to, if links do not lead it out of ROOT. */
+async function look(root: Root, path: string): Promise<Look | undefined> {
   const real = await orNothing(Deno.realPath(path));
-  if (real === undefined) return undefined;
-  return isInside(root, real) ? await statFile(real) : undefined;
+  if (real === undefined || !isInside(root, real)) return undefined;
+  // Should a link stand there by now, it is not followed.
+  const info = await orNothing(Deno.lstat(real));
+  return info && { real, info };
 }
 
 /** Whether a path without links is ROOT or below it. */
 function isInside(root: Root, real: string): boolean {
   return real === root.path || real.startsWith(root.path.endsWith(SEPARATOR) ? root.path : root.path + SEPARATOR);
-}
-
-function statFile(path: string): Promise<Deno.FileInfo | undefined> {
-  return orNothing(Deno.stat(path));
 }
 
 /** What the file system gives; undefined for what is not there. Throws 403 or 503 for what it withholds. */
@@ -2017,12 +2040,15 @@ async function orNothing<T>(attempt: Promise<T>): Promise<T | undefined> {
   }
 }
 
-function describeFile(path: string, info: Deno.FileInfo): FileFound {
+function describeFile(path: string, { real, info }: Look): FileFound {
+  const time = info.mtime?.getTime() ?? 0, { size } = info;
   return {
-    path,
+    path: real,
     name: path.replace(/^.*[\/\\]/s, ""),
-    size: info.size,
-    time: info.mtime?.getTime() ?? 0,
+    isLinked: real !== path,
+    size,
+    time,
+    tag: [time, info.ctime?.getTime() ?? 0, size].map((number) => number.toString(36)).join("-"),
     identity: identityOf(info),
   };
 }
@@ -2515,7 +2541,9 @@ async function select(server: HttpServer, incoming: IncomingRequest, file: FileF
     : { coding: undefined, source: file };
   const vary = [rule === "any" && "Accept-Charset", compressible && "Accept-Encoding"].filter(Boolean).join(", ");
   const conversion = converts ? `-${stored}.${encoding}.${settings.unmappable[0]}` : "";
-  const etag = `"${file.time.toString(36)}-${file.size.toString(36)}${conversion}${coding ? `-${coding}` : ""}"`;
+  // A file written a moment ago may be written again without its times showing it: that tag must not match again.
+  const now = Date.now(), moment = now - file.time < RACY_TIME ? `-${now.toString(36)}` : "";
+  const etag = `"${file.tag}${moment}${conversion}${coding ? `-${coding}` : ""}"`;
   const fields: Field[] = [
     ["Content-Type", contentType(type, encoding, settings.declare)],
     ...(coding ? [["Content-Encoding", coding] as const] : []),
@@ -2549,9 +2577,9 @@ async function storedCharset(server: HttpServer, file: FileFound, type: string):
   return known;
 }
 
-async function readSample({ path, size }: FileFound): Promise<Uint8Array<ArrayBuffer>> {
-  using file = await openFile(path);
-  const sample = new Uint8Array(Math.min(size, BUFFERED_LIMIT));
+async function readSample(found: FileFound): Promise<Uint8Array<ArrayBuffer>> {
+  using file = await openFile(found);
+  const sample = new Uint8Array(Math.min(found.size, BUFFERED_LIMIT));
   return sample.subarray(0, await readFully(file, sample));
 }
 
@@ -2571,8 +2599,9 @@ async function selectCoding(
   const accepted = acceptedCodings(incoming.header("accept-encoding"));
   for (const coding of converts ? [] : accepted) {
     const path = file.path + (coding === "br" ? ".br" : ".gz");
-    const info = server.root?.isFile ? undefined : await statInside(server.root!, path);
-    if (info?.isFile && (info.mtime?.getTime() ?? 0) >= file.time) return { coding, source: describeFile(path, info) };
+    const found = server.root?.isFile ? undefined : await look(server.root!, path);
+    const isFresh = found?.info.isFile && (found.info.mtime?.getTime() ?? 0) >= file.time;
+    if (isFresh) return { coding, source: describeFile(path, found) };
   }
   const worthwhile = file.size >= COMPRESSION_LEAST && file.size <= BUFFERED_LIMIT;
   return { coding: worthwhile ? accepted.find(canCompress) : undefined, source: file };
@@ -2607,10 +2636,16 @@ async function compress(bytes: Uint8Array<ArrayBuffer>, coding: Coding): Promise
   return compressed;
 }
 
-/** Feeds a transformation in pieces, so that others are served in between. */
+/** Compression is fed in pieces of this size, in bytes. */
+const COMPRESSION_PIECE = 64 * 1024;
+
+/** Feeds a transformation in pieces, and lets others be served in between: it works on this thread. */
 async function writeAll(stream: WritableStream<BufferSource>, bytes: Uint8Array<ArrayBuffer>): Promise<void> {
   const writer = stream.getWriter();
-  for (let at = 0; at < bytes.length; at += PIECE_SIZE) await writer.write(bytes.subarray(at, at + PIECE_SIZE));
+  for (let at = 0; at < bytes.length; at += COMPRESSION_PIECE) {
+    if (at > 0) await new Promise((resolve) => setTimeout(resolve));
+    await writer.write(bytes.subarray(at, at + COMPRESSION_PIECE));
+  }
   await writer.close();
 }
 
@@ -2637,7 +2672,7 @@ async function loadMessage(server: HttpServer, chosen: Representation): Promise<
   const bytes = await readWhole(source);
   const { bytes: converted, lost } = encoding === stored ? { bytes, lost: 0 } : convert(server, chosen, bytes);
   const content = coding !== undefined && source === file ? await compress(converted, coding) : converted;
-  const isSettled = Date.now() - file.time > RACY_TIME;
+  const isSettled = Date.now() - file.time > RACY_TIME && !file.isLinked && !source.isLinked;
   return {
     status: 200,
     fields,
@@ -2670,17 +2705,21 @@ function freshness(...files: FileFound[]): (now: number) => boolean {
     if (now - looked < STAT_INTERVAL && now >= looked) return true;
     looked = now;
     try {
-      return files.every(({ path, identity }) => identityOf(Deno.statSync(path)) === identity);
+      return files.every(({ path, identity }) => identityOf(Deno.lstatSync(path)) === identity);
     } catch {
       return false; // The long way finds out why.
     }
   };
 }
 
-async function openFile(path: string): Promise<Deno.FsFile> {
+/** Opens a file that was found; it must still be that file, and still be reached without a link. */
+async function openFile({ path, identity }: FileFound): Promise<Deno.FsFile> {
   const file = await orNothing(Deno.open(path));
   if (file === undefined) throw new HttpError(404, "Nothing is here any more");
-  return file;
+  const same = identityOf(await file.stat()) === identity && await orNothing(Deno.realPath(path)) === path;
+  if (same) return file;
+  file.close();
+  throw fileChanged();
 }
 
 /** Reads until the buffer is full or the file ends. Returns how many bytes were read. */
@@ -2697,11 +2736,11 @@ async function readFully(file: Deno.FsFile, buffer: Uint8Array): Promise<number>
 /** For a file that is no longer what was stat'ed: its length is not the promised one. */
 const fileChanged = () => new HttpError(503, "The file is being written", [["Retry-After", "1"]]);
 
-async function readWhole({ path, size, identity }: FileFound): Promise<Uint8Array<ArrayBuffer>> {
-  using file = await openFile(path);
-  const bytes = new Uint8Array(size);
+async function readWhole(found: FileFound): Promise<Uint8Array<ArrayBuffer>> {
+  using file = await openFile(found);
+  const bytes = new Uint8Array(found.size);
   const length = await readFully(file, bytes);
-  if (length !== size || identityOf(await file.stat()) !== identity) throw fileChanged();
+  if (length !== found.size || identityOf(await file.stat()) !== found.identity) throw fileChanged();
   return bytes;
 }
 
@@ -2710,14 +2749,15 @@ function streamFile(source: FileFound): Stream {
   return {
     length: source.size,
     async *read(start = 0, end = Infinity) {
-      using file = await openFile(source.path);
-      if (identityOf(await file.stat()) !== source.identity) throw fileChanged();
+      using file = await openFile(source);
       if (start > 0) await file.seek(start, Deno.SeekMode.Start);
       const buffer = new Uint8Array(PIECE_SIZE);
       for (let left = Math.min(end, source.size) - start; left > 0;) {
         const piece = left < PIECE_SIZE ? buffer.subarray(0, left) : buffer;
-        const length = await readFully(file, piece);
-        if (length < piece.length) throw fileChanged();
+        const length = await readFully(file, piece), info = await file.stat();
+        // A log may grow while it is sent; what is written over is another file.
+        const isSame = identityOf(info) === source.identity || info.size > source.size;
+        if (length < piece.length || !isSame) throw fileChanged();
         left -= length;
         yield piece;
       }
@@ -3757,7 +3797,7 @@ class HttpServer implements Server {
   constructor(options: ServeOptions) {
     const settings = this.settings = settingsOf(options);
     this.options = options;
-    this.root = settings.root === undefined ? undefined : openRoot(settings.root);
+    this.root = settings.root === undefined ? undefined : openRoot(settings.root, settings.fallback);
     this.routes = [...(options.routes ?? []), ...(settings.body === undefined ? [] : [bodyRoute(settings.body)])];
     this.secure = settings.cert !== undefined;
     const added: Field[] = [
@@ -3922,8 +3962,9 @@ function allowedHosts(addr: Deno.Addr, { host, allowHost }: Settings): ReadonlyS
   ]);
 }
 
-function openRoot(path: string): Root {
+function openRoot(path: string, fallback: string | undefined): Root {
   const real = Deno.realPathSync(path);
+  if (fallback !== undefined) Deno.realPathSync(`${real}${SEPARATOR}${fallback}`);
   return { path: real, isFile: Deno.statSync(real).isFile };
 }
 
@@ -4481,7 +4522,11 @@ function checkWorkersAllowed(): void {
 /** SIGINT and SIGTERM let answers under way finish; a second one does not wait. */
 function stopOnSignal(server: Server): void {
   let asked = false;
-  for (const signal of Deno.build.os === "windows" ? ["SIGINT", "SIGBREAK"] as const : ["SIGINT", "SIGTERM"] as const) {
+  for (
+    const signal of Deno.build.os === "windows"
+      ? ["SIGINT", "SIGBREAK", "SIGHUP"] as const
+      : ["SIGINT", "SIGTERM"] as const
+  ) {
     Deno.addSignalListener(signal, () => {
       if (asked) Deno.exit(signal === "SIGTERM" ? 143 : 130);
       asked = true;
