@@ -525,6 +525,13 @@ interface KnownHead {
   said?: { readonly text: string; readonly message: WholeMessage };
 }
 
+/** Heads that came on any connection. */
+interface Heads {
+  readonly known: Map<string, KnownHead>;
+  /** Those that came once. */
+  readonly seen: Set<string>;
+}
+
 const CUT_OFF = "Cannot read request: the connection ended inside its head";
 
 /** The peer is gone, or was sent away: nobody is left to be told. */
@@ -544,7 +551,7 @@ class Connection implements Disposable {
   readonly remote: string;
   readonly #conn: Deno.Conn;
   readonly #patience: Patience;
-  readonly #heads: Map<string, KnownHead>;
+  readonly #heads: Heads;
   /** Come and not yet consumed: `#bytes` from `#start` to `#end`. */
   #bytes = new Uint8Array(BUFFER_SIZE);
   #start = 0;
@@ -562,7 +569,7 @@ class Connection implements Disposable {
   /** Fails the read that is under way. */
   #interrupt: (reason: Error) => void = () => {};
 
-  constructor(conn: Deno.Conn, patience: Patience, heads: Map<string, KnownHead>) {
+  constructor(conn: Deno.Conn, patience: Patience, heads: Heads) {
     // An answer in several writes must not wait for the client to acknowledge the first (RFC 896).
     if ("setNoDelay" in conn) (conn as Deno.TcpConn).setNoDelay();
     this.#conn = conn;
@@ -638,7 +645,7 @@ class Connection implements Disposable {
     }
     const head = parseRequest(this.#bytes, this.#start, this.#end);
     if (head === undefined) return undefined;
-    const bytes = this.#bytes.slice(this.#start, this.#start += head.text.length);
+    const bytes = concat([this.#bytes.subarray(this.#start, this.#start += head.text.length)]);
     this.#unread = head.framing.kind === "none" ? undefined : this.#readContent(head.framing);
     this.#contentSince = this.#contentRead = 0;
     this.#awaitsContinue = this.#unread !== undefined && head.minor === 1 && fieldValue(head, "expect") !== undefined;
@@ -654,17 +661,22 @@ class Connection implements Disposable {
   /** The head that another connection sent, if all that is unread is just that. */
   #recall(length: number): KnownHead | undefined {
     if (length > KNOWN_HEAD_SIZE) return undefined;
-    return this.#heads.get(latin1(this.#bytes.subarray(this.#start, this.#start + length)));
+    return this.#heads.known.get(latin1(this.#bytes.subarray(this.#start, this.#start + length)));
   }
 
+  /** Keeps a head for this connection; for all, when it came before: most heads never come again. */
   #remember(head: RequestHead, bytes: Uint8Array): KnownHead {
     const known: KnownHead = { head, bytes };
-    if (head.text.length <= KNOWN_HEAD_SIZE && head.framing.kind === "none") {
-      if (this.#heads.size >= KNOWN_HEADS) this.#heads.clear();
-      this.#heads.set(head.text, known);
-      this.#last = known;
+    if (bytes.length > KNOWN_HEAD_SIZE || head.framing.kind !== "none") return known;
+    const { known: all, seen } = this.#heads;
+    if (seen.has(head.text)) {
+      if (all.size >= KNOWN_HEADS) all.clear();
+      all.set(head.text, known);
+    } else {
+      if (seen.size >= KNOWN_HEADS) seen.clear();
+      seen.add(head.text);
     }
-    return known;
+    return this.#last = known;
   }
 
   /** Where the next bytes go: behind those that wait, in a buffer that grows while a head needs it. */
@@ -3776,7 +3788,7 @@ class HttpServer implements Server {
   readonly extraHead: string;
   readonly ownFields: ReadonlySet<string>;
   /** Caches: of heads, of what is known of files' charsets, of files' responses. */
-  readonly heads = new Map<string, KnownHead>();
+  readonly heads: Heads = { known: new Map(), seen: new Set() };
   readonly charsets = new Cache<StoredCharset>(CACHE_SIZE / 4);
   readonly messages = new Cache<{ readonly identity: string; readonly message: Promise<Message> }>(CACHE_SIZE);
   draining = false;

@@ -1508,8 +1508,12 @@ const ROOTS: readonly [says: string, options: ServeOptions, target: string, stat
   ["the fallback for what is hidden", { root: "site", fallback: "b.html" }, "/.hidden", 200, "<p>b"],
   ["what there is before the fallback", { root: "site", fallback: "b.html" }, "/a.txt", 200, "inside"],
   ["no fallback that is outside", { root: "site", fallback: "../secret.txt" }, "/nowhere", 404],
-  ["no fallback that is not there", { root: "site", fallback: "nowhere.html" }, "/nowhere", 404],
 ];
+
+Deno.test("openRoot() refuses a fallback that is not there", async () => {
+  await using tree = await plant(SITE);
+  assertThrows(() => serve({ port: 0, root: `${tree.path}/site`, fallback: "nowhere.html" }), Deno.errors.NotFound);
+});
 
 for (const [says, options, target, status, text] of ROOTS) {
   Deno.test(`locateFile() finds ${says}: ${target}`, async () => {
