@@ -50,8 +50,6 @@
  * @module
  */
 
-import { serialize } from "node:v8";
-
 // ── Options ─────────────────────────────────────────────────────────────────────────────────────
 // Each option is one row. The row gives its name, how it is read, its default and its line of help;
 // the command line, `serve()` and README follow from this table.
@@ -282,6 +280,12 @@ function didYouMean(typed: string, candidates: readonly string[]): string {
     if (distance <= least && (distance < least || best === "")) [best, least] = [candidate, distance];
   }
   return best && `, did you mean ${best}?`;
+}
+
+/** Makes a value when it is first asked for. */
+function lazily<T>(make: () => T): () => T {
+  let made: { readonly value: T } | undefined;
+  return () => (made ??= { value: make() }).value;
 }
 
 /** Insertions, removals, replacements and swaps of neighbours that make `a` into `b`. */
@@ -1149,7 +1153,7 @@ const LABELS = `
   iso-10646-ucs-2 ucs-2 unicode unicodefeff utf-16 utf-16le x-user-defined`.trim().split(/\s+/);
 
 /** The encodings' names (lower case) with all their labels. */
-const ENCODINGS: ReadonlyMap<string, readonly string[]> = Map.groupBy(LABELS, (label) => encodingOf(label));
+const encodings = lazily((): ReadonlyMap<string, readonly string[]> => Map.groupBy(LABELS, encodingOf));
 
 /** Name of the encoding that a label stands for (Encoding §4.2); `RangeError` if it stands for none. */
 function encodingOf(label: string): string {
@@ -1270,6 +1274,16 @@ function writeTable(text: string, repertoire: Repertoire, writer: Writer): void 
   writer.length = length;
 }
 
+/** The part of Node's `process` that Deno has too, and that is used here. */
+interface NodeProcess {
+  getBuiltinModule(name: "node:v8"): { serialize(value: string): Uint8Array<ArrayBuffer> };
+}
+
+/** V8's serializer; had when it is first needed, since importing it would cost every start several milliseconds. */
+const serializer = lazily(() =>
+  (globalThis as unknown as { process: NodeProcess }).process.getBuiltinModule("node:v8")
+);
+
 /** From this length on, a text's units are had faster through V8's serializer, in UTF-16 code units. */
 const SERIALIZED_LENGTH = 2048;
 
@@ -1281,7 +1295,7 @@ const SERIALIZED_LENGTH = 2048;
 function unitsOf(text: string): Uint16Array {
   const { length } = text;
   if (length >= SERIALIZED_LENGTH) {
-    const { buffer, byteOffset, byteLength } = serialize(text), end = byteOffset + byteLength;
+    const { buffer, byteOffset, byteLength } = serializer().serialize(text), end = byteOffset + byteLength;
     const start = end - length * (byteLength < length * 2 ? 1 : 2);
     const isAligned = start % 2 === 0;
     const units = byteLength < length * 2
@@ -1824,12 +1838,12 @@ class IncomingRequest implements Incoming {
     if (!URL.canParse(url)) throw new HttpError(400, `Cannot parse Host "${authority}"`);
     const headers = new Headers(fieldLines(this.head).map(([name, value]) => [name, value]));
     const hasContent = framing.kind !== "none" && method !== "GET" && method !== "HEAD";
-    const body = hasContent ? ReadableStream.from(lazily(() => this.bytes())) : null;
+    const body = hasContent ? ReadableStream.from(oncePromised(() => this.bytes())) : null;
     return new Request(url, { method, headers, body });
   }
 }
 
-async function* lazily<T>(make: () => Promise<T>): AsyncGenerator<T> {
+async function* oncePromised<T>(make: () => Promise<T>): AsyncGenerator<T> {
   yield await make();
 }
 
@@ -3163,7 +3177,7 @@ function labQuery(parameters: Readonly<Record<string, string>>): string {
 
 function labForm({ text, charset, declare }: Experiment): string {
   const options = (chosen: string | undefined) =>
-    [...ENCODINGS.keys()].map((name) => `<option${name === chosen ? " selected" : ""}>${name}</option>`).join("");
+    [...encodings().keys()].map((name) => `<option${name === chosen ? " selected" : ""}>${name}</option>`).join("");
   return `<form class="card" action="./" aria-label="Experiment">
 <input type="hidden" name="_charset_">
 <label class="wide">Text <textarea name="text" rows="3" spellcheck="false">\n${escapeMarkup(text)}</textarea></label>
@@ -3201,37 +3215,30 @@ function visible(character: string): string {
   return code <= 0x20 ? `&#${0x2400 + code};` : code === 0x7f ? "&#x2421;" : escapeMarkup(character);
 }
 
-// deno-fmt-ignore
-const SCRIPTS = [
-  "Latin", "Han", "Hiragana", "Katakana", "Hangul", "Cyrillic", "Greek", "Arabic", "Hebrew", "Thai", "Devanagari", "Bopomofo",
-  "Armenian", "Georgian", "Bengali", "Tamil", "Telugu", "Kannada", "Malayalam", "Gujarati", "Gurmukhi", "Sinhala", "Khmer",
-  "Lao", "Myanmar", "Tibetan", "Mongolian", "Ethiopic", "Cherokee", "Braille", "Yi",
-].map((script) => [script, new RegExp(`\\p{Script=${script}}`, "u")] as const);
+const SCRIPTS =
+  `Latin Han Hiragana Katakana Hangul Cyrillic Greek Arabic Hebrew Thai Devanagari Bopomofo Armenian Georgian Bengali
+  Tamil Telugu Kannada Malayalam Gujarati Gurmukhi Sinhala Khmer Lao Myanmar Tibetan Mongolian Ethiopic Cherokee Braille Yi`
+    .split(/\s+/);
+/** What else a character may be, and the property that says so. */
+const CATEGORIES =
+  `Letter:L Mark:M Digit:Nd Number:N Punctuation:P Currency:Sc Emoji:Extended_Pictographic Symbol:S Space:Z Control:Cc
+  Private_use:Co`.split(/\s+/).map((category) => category.split(":"));
 
-const CATEGORIES = ([
-  ["Letter", "L"],
-  ["Mark", "M"],
-  ["Digit", "Nd"],
-  ["Number", "N"],
-  ["Punctuation", "P"],
-  ["Currency", "Sc"],
-  ["Emoji", "Extended_Pictographic"],
-  ["Symbol", "S"],
-  ["Space", "Z"],
-  ["Control", "Cc"],
-  ["Private use", "Co"],
-] as const)
-  .map(([name, property]) => [name, new RegExp(`\\p{${property}}`, "u")] as const);
+/** Names of kinds of characters, with the patterns that tell them. */
+const characterKinds = lazily(() => [
+  ...SCRIPTS.map((script) => [script, new RegExp(`\\p{Script=${script}}`, "u")] as const),
+  ...CATEGORIES.map(([name, property]) => [name!.replace("_", " "), new RegExp(`\\p{${property}}`, "u")] as const),
+]);
 
 /** The script of a character, or what kind it is. */
 function scriptOf(character: string): string {
-  return [...SCRIPTS, ...CATEGORIES].find(([, pattern]) => pattern.test(character))?.[0] ?? "Other";
+  return characterKinds().find(([, pattern]) => pattern.test(character))?.[0] ?? "Other";
 }
 
 /** How the bytes of a text read in every other charset. */
 function labReadings(text: string, charset: string): string {
   const shown = shownCharacters(text).join(""), bytes = encode(shown, charset);
-  const others = [...ENCODINGS.keys()].filter((name) => !USUAL_SUSPECTS.includes(name));
+  const others = [...encodings().keys()].filter((name) => !USUAL_SUSPECTS.includes(name));
   const table = (names: readonly string[]) => {
     const rows = names.filter((name) => name !== charset).map((name) => {
       const reading = controlPictures(
@@ -3487,18 +3494,17 @@ function letters(encoding: string, firstRow: number, lastRow: number, first: num
 const LISTED =
   /(?![A-Za-z])[\p{Script=Latin}\p{Script=Cyrillic}\p{Script=Greek}\p{Script=Hebrew}\p{Script=Arabic}\p{Script=Thai}\p{Script=Han}\p{Script=Hangul}\p{Script=Hiragana}\p{Script=Katakana}]/u;
 
-let languages: readonly ReadonlySet<string>[] | undefined;
+const languages = lazily(makeLanguages);
 /** By UTF-16 code unit, when first met: its bits, and the languages it is foreign to, one bit each. */
-const UNIT_BITS = new Float32Array(0x10000), UNIT_FOREIGN = new Int32Array(0x10000);
+const unitBits = lazily(() => new Float32Array(0x10000)), unitForeign = lazily(() => new Int32Array(0x10000));
 
 /** Looks a character up; those of two units are not kept. */
 function lookUp(character: string): number {
   const unit = character.length === 1 ? character.charCodeAt(0) : 0xffff;
-  if (UNIT_BITS[unit] === 0 || unit === 0xffff) {
-    languages ??= makeLanguages();
-    UNIT_BITS[unit] = CHARACTER_BITS.find(([pattern]) => pattern.test(character.normalize("NFD")))![1];
-    UNIT_FOREIGN[unit] = LISTED.test(character)
-      ? languages.reduce((set, language, i) => language.has(character) ? set : set | 1 << i, 0)
+  if (unitBits()[unit] === 0 || unit === 0xffff) {
+    unitBits()[unit] = CHARACTER_BITS.find(([pattern]) => pattern.test(character.normalize("NFD")))![1];
+    unitForeign()[unit] = LISTED.test(character)
+      ? languages().reduce((set, language, i) => language.has(character) ? set : set | 1 << i, 0)
       : 0;
   }
   return unit;
@@ -3509,13 +3515,13 @@ function bitsOf(text: string, limit: number): number {
   let sum = 0;
   const foreign = new Map<number, number>();
   for (const character of text) {
-    const unit = lookUp(character), set = UNIT_FOREIGN[unit]!;
-    sum += UNIT_BITS[unit]!;
+    const unit = lookUp(character), set = unitForeign()[unit]!;
+    sum += unitBits()[unit]!;
     if (sum > limit) return Infinity;
     if (set !== 0) foreign.set(set, (foreign.get(set) ?? 0) + 1);
   }
   if (foreign.size > 0) {
-    const counts = languages!.map((_, i) => [...foreign].reduce((n, [set, count]) => n + (set >> i & 1) * count, 0));
+    const counts = languages().map((_, i) => [...foreign].reduce((n, [set, count]) => n + (set >> i & 1) * count, 0));
     sum += FOREIGN * Math.min(...counts);
   }
   for (const [pattern, bits] of NEIGHBOUR_BITS) sum += sum > limit ? Infinity : bits * countMatches(text, pattern);
@@ -3711,7 +3717,7 @@ function mediaType(text: string): string {
 
 /** `GET /charsets`: all charsets, for programs. */
 function describeCharsets(): Answer {
-  const charsets = [...ENCODINGS].map(([name, labels]) => {
+  const charsets = [...encodings()].map(([name, labels]) => {
     const sample = sampleOf(name);
     return { name, labels, kind: kindOf(name), sample, bytes: hex(encode(sample, name)) };
   });
