@@ -756,14 +756,15 @@ class Connection implements Disposable {
       this.#push(CONTINUE);
       await new Promise<void>((resolve, reject) => this.#flush(resolve, reject));
     }
-    const pieces: Uint8Array[] = [];
-    let size = 0;
+    const framing = this.current?.head.framing;
+    let content = new Uint8Array(framing?.kind === "length" ? framing.length : BUFFER_SIZE), size = 0;
     for await (const piece of this.#unread ?? []) {
+      if (size + piece.length > limit) throw new FramingError(413, `The content exceeds ${limit} bytes`);
+      if (size + piece.length > content.length) content = concat([content, new Uint8Array(size + piece.length)]);
+      content.set(piece, size);
       size += piece.length;
-      if (size > limit) throw new FramingError(413, `The content exceeds ${limit} bytes`);
-      pieces.push(piece.slice());
     }
-    return concat(pieces);
+    return content.subarray(0, size);
   }
 
   /** Whether the rest of the current request can be read past, so that another can follow. */
@@ -2656,16 +2657,22 @@ function canCompress(coding: Coding): boolean {
 
 const COMPRESSION_FORMATS = { br: "brotli" as "gzip", gzip: "gzip" } as const;
 
-async function compress(bytes: Uint8Array<ArrayBuffer>, coding: Coding): Promise<Uint8Array<ArrayBuffer>> {
-  const stream = new CompressionStream(COMPRESSION_FORMATS[coding]);
-  const [compressed] = await Promise.all([new Response(stream.readable).bytes(), writeAll(stream.writable, bytes)]);
+/** Resolves when the compression under way is done: one at a time, since it works on this thread. */
+let compressing: Promise<unknown> = Promise.resolve();
+
+function compress(bytes: Uint8Array<ArrayBuffer>, coding: Coding): Promise<Uint8Array<ArrayBuffer>> {
+  const compressed = compressing.then(async () => {
+    const { readable, writable } = new CompressionStream(COMPRESSION_FORMATS[coding]);
+    return (await Promise.all([new Response(readable).bytes(), writeAll(writable, bytes)]))[0];
+  });
+  compressing = compressed.catch(() => {});
   return compressed;
 }
 
 /** Compression is fed in pieces of this size, in bytes. */
 const COMPRESSION_PIECE = 64 * 1024;
 
-/** Feeds a transformation in pieces, and lets others be served in between: it works on this thread. */
+/** Feeds a transformation in pieces, and lets others be served in between. */
 async function writeAll(stream: WritableStream<BufferSource>, bytes: Uint8Array<ArrayBuffer>): Promise<void> {
   const writer = stream.getWriter();
   for (let at = 0; at < bytes.length; at += COMPRESSION_PIECE) {
@@ -2782,7 +2789,7 @@ function streamFile(source: FileFound): Stream {
         const piece = left < PIECE_SIZE ? buffer.subarray(0, left) : buffer;
         const length = await readFully(file, piece), info = await file.stat();
         // A log may grow while it is sent; what is written over is another file.
-        const isSame = identityOf(info) === source.identity || info.size > source.size;
+        const isSame = info.size > source.size || info.size === source.size && info.mtime?.getTime() === source.time;
         if (length < piece.length || !isSame) throw fileChanged();
         left -= length;
         yield piece;
@@ -3806,6 +3813,8 @@ class HttpServer implements Server {
   #drainDeadline = Infinity;
   #idleDeadline = Infinity;
   #stopping: Promise<void> | undefined;
+  /** Connections that were closed, but are still there. */
+  #held = 0;
   /** Connections accepted so far. */
   #taken = 0;
   #second = 0;
@@ -3880,12 +3889,18 @@ class HttpServer implements Server {
 
   #take(conn: Deno.Conn): void {
     const connection = new Connection(conn, this.#patience, this.heads);
-    const full = this.#connections.size >= this.settings.maxConnections;
+    const full = this.#connections.size + this.#held >= this.settings.maxConnections;
     this.#connections.add(connection);
     const served = full ? refuseConnection(this, connection) : serveConnection(this, connection);
+    const handshake = "handshake" in conn ? (conn as Deno.TlsConn).handshake() : undefined;
     served.finally(() => {
       this.#connections.delete(connection);
       if (this.draining && this.#connections.size === 0) this.#drained.resolve();
+      if (handshake === undefined) return;
+      // Deno closes a TLS connection only when its handshake has ended, however: until then, it counts.
+      const gone = () => this.#held--;
+      this.#held++;
+      handshake.then(gone, gone);
     });
   }
 
