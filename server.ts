@@ -3893,6 +3893,7 @@ class HttpServer implements Server {
     this.#connections.add(connection);
     const served = full ? refuseConnection(this, connection) : serveConnection(this, connection);
     const handshake = "handshake" in conn ? (conn as Deno.TlsConn).handshake() : undefined;
+    handshake?.catch(() => {}); // Reading finds out.
     served.finally(() => {
       this.#connections.delete(connection);
       if (this.draining && this.#connections.size === 0) this.#drained.resolve();
