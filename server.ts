@@ -570,7 +570,7 @@ class Connection implements Disposable {
   /** When the current request's content was first waited for, and how much of it came since, in bytes. */
   #contentSince = 0;
   #contentRead = 0;
-  /** Fails the read that is under way. */
+  /** Fails the read or write that is under way. */
   #interrupt: (reason: Error) => void = () => {};
 
   constructor(conn: Deno.Conn, patience: Patience, heads: Heads) {
@@ -727,13 +727,14 @@ class Connection implements Disposable {
 
   /** Writes all of `bytes`: the system may take fewer at a time. */
   async write(bytes: Uint8Array): Promise<void> {
-    try {
-      for (let sent = 0; sent < bytes.length;) {
-        this.#await("reader");
-        sent += await this.#conn.write(sent === 0 ? bytes : bytes.subarray(sent));
-      }
-    } catch {
-      throw new Disconnected();
+    for (let sent = 0; sent < bytes.length;) {
+      this.#await("reader");
+      const rest = sent === 0 ? bytes : bytes.subarray(sent);
+      sent += await new Promise<number>((resolve, reject) => {
+        // In Deno 2.6 a write goes on when its connection is closed.
+        this.#interrupt = reject;
+        this.#conn.write(rest).then(resolve, () => reject(new Disconnected()));
+      });
     }
     this.#await("handler");
   }

@@ -1629,6 +1629,15 @@ Deno.test("unmappableFor() answers 500 and names the character, if nothing may b
   assertStringIncludes(log, "iso-8859-2 has no U+20AC (€)");
 });
 
+/** Deno compresses with brotli since some version after 2.6; where it cannot, gzip does, or nothing. */
+const HAS_BROTLI = (() => {
+  try {
+    return new CompressionStream("brotli" as "gzip") !== undefined;
+  } catch {
+    return false;
+  }
+})();
+
 const CODINGS: readonly [says: string, accept: string | undefined, coding: string | undefined][] = [
   ["nothing if nothing is said", undefined, undefined],
   ["nothing for an empty field", "", undefined],
@@ -1641,11 +1650,11 @@ const CODINGS: readonly [says: string, accept: string | undefined, coding: strin
   ["no gzip of quality 0", "gzip;q=0", undefined],
   ["no gzip if identity is better", "gzip;q=0.5, identity;q=0.6", undefined],
   ["identity", "identity", undefined],
-  ["something for *", "*", "br"],
+  ["something for *", "*", HAS_BROTLI ? "br" : "gzip"],
   ["nothing for * of quality 0", "*;q=0", undefined],
   ["gzip if * excludes the rest", "gzip, *;q=0", "gzip"],
-  ["brotli", "br", "br"],
-  ["brotli before gzip", "gzip, br", "br"],
+  ["brotli", "br", HAS_BROTLI ? "br" : undefined],
+  ["brotli before gzip", "gzip, br", HAS_BROTLI ? "br" : "gzip"],
   ["gzip before a worse brotli", "gzip, br;q=0.9", "gzip"],
   ["nothing unknown", "zstd, compress", undefined],
 ];
@@ -1787,12 +1796,14 @@ for (const [name, stored, label, options] of ALWAYS_UTF8) {
 Deno.test("select() gives each representation its own validator", async () => {
   const text = "\xe4\xbd\xa0".repeat(1000);
   await using server = await serveTree({ "a.txt": text });
-  const fields = [[], ["Accept-Charset: gbk"], ["Accept-Charset: big5"], ["Accept-Encoding: gzip"], [
-    "Accept-Encoding: br",
-  ], [
-    "Accept-Charset: gbk",
-    "Accept-Encoding: gzip",
-  ]];
+  const fields = [
+    [],
+    ["Accept-Charset: gbk"],
+    ["Accept-Charset: big5"],
+    ["Accept-Encoding: gzip"],
+    ["Accept-Charset: gbk", "Accept-Encoding: gzip"],
+    ...(HAS_BROTLI ? [["Accept-Encoding: br"]] : []),
+  ];
   const tags = new Set<string>();
   for (const each of fields) {
     const reply = await getAndHead(server, "/a.txt", ...each);
@@ -1835,7 +1846,7 @@ const CODED_FILES: readonly [
   ["the file, if it is converted", "/a.css?charset=utf-16be", "gzip", undefined, "\0p\0l\0a\0i\0n"],
   ["the gzip as itself", "/a.css.gz", "gzip", undefined, "gzipped"],
   ["gzip made on the way", "/long.css", "gzip", "gzip"],
-  ["brotli made on the way", "/long.css", "br", "br"],
+  ["brotli made on the way", "/long.css", "br", HAS_BROTLI ? "br" : undefined],
   ["gzip made of what is converted", "/long.css?charset=utf-16be", "gzip", "gzip"],
   ["a short file as it is", "/short.css", "gzip", undefined],
   ["a picture as it is", "/a.png", "gzip", undefined],
