@@ -11,6 +11,7 @@
  */
 
 import { assert, assertEquals, assertMatch, assertRejects, assertStringIncludes, assertThrows } from "@std/assert";
+import { fuzz } from "./.ci/fuzz.ts";
 import { fileURLToPath } from "node:url";
 import { encode, type Handler, HttpError, type Route, serve, type ServeOptions } from "./server.ts";
 
@@ -3215,4 +3216,11 @@ Deno.test("The command line serves with threads", { ignore: ON_WINDOWS }, async 
   for (let i = 0; i < 8; i++) assertEquals(textOf(await ask({ addr: addressOf(line) }, get("/"))), "hi");
   const { code, stderr } = await end(child);
   assertEquals([code, stderr.trimEnd().split("\n").length], [0, 8], stderr);
+});
+
+// ── Anything ────────────────────────────────────────────────────────────────────────────────────
+// `deno task fuzz` goes on for longer, with other seeds.
+
+Deno.test("The server gives each valid request one answer, in order, and each other one a refusal", async () => {
+  assert((await fuzz({ seed: 1, iterations: 1500 })).requests > 1500);
 });
