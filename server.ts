@@ -477,15 +477,6 @@ function allocate(length: number): Uint8Array<ArrayBuffer> {
   return bytes;
 }
 
-/** Whether two arrays have the same bytes. */
-function equalBytes(a: Uint8Array, b: Uint8Array): boolean {
-  if (a.length !== b.length) return false;
-  for (let i = 0; i < a.length; i++) {
-    if (a[i] !== b[i]) return false;
-  }
-  return true;
-}
-
 function concat(parts: readonly Uint8Array[]): Uint8Array<ArrayBuffer> {
   const whole = allocate(parts.reduce((sum, part) => sum + part.length, 0));
   let at = 0;
@@ -523,7 +514,8 @@ interface Patience extends Readonly<Record<Waiting, number>> {
 interface KnownHead {
   readonly head: RequestHead;
   readonly bytes: Uint8Array;
-  message?: WholeMessage | undefined;
+  /** It may be let go by the cache that holds it. */
+  message?: { deref(): WholeMessage | undefined };
   route?: Resource;
   /** What the route's handler said last, and the response that it became. */
   said?: { readonly text: string; readonly message: WholeMessage };
@@ -540,6 +532,8 @@ const CUT_OFF = "Cannot read request: the connection ended inside its head";
 
 /** The peer is gone, or was sent away: nobody is left to be told. */
 class Disconnected extends Error {}
+/** One for all: nobody reads where it was made. */
+const DISCONNECTED = new Disconnected();
 
 class Connection implements Disposable {
   waiting: Waiting = "request";
@@ -616,7 +610,7 @@ class Connection implements Disposable {
       };
       const read = () => {
         this.#await(this.#start === this.#end ? "request" : "head");
-        this.#conn.read(this.#room()).then(received, () => reject(new Disconnected()));
+        this.#conn.read(this.#room()).then(received, () => reject(DISCONNECTED));
       };
       const received = (count: number | null) => {
         if (this.closing) return; // The sweep was quicker.
@@ -658,8 +652,11 @@ class Connection implements Disposable {
 
   /** Whether the bytes of the last head stand there again: a client tends to repeat itself, also within one packet. */
   #repeats({ bytes }: KnownHead): boolean {
-    const end = this.#start + bytes.length;
-    return end <= this.#end && equalBytes(this.#bytes.subarray(this.#start, end), bytes);
+    if (this.#start + bytes.length > this.#end) return false;
+    for (let i = 0; i < bytes.length; i++) {
+      if (bytes[i] !== this.#bytes[this.#start + i]) return false;
+    }
+    return true;
   }
 
   /** The head that another connection sent, if all that is unread is just that. */
@@ -722,7 +719,7 @@ class Connection implements Disposable {
     this.#conn.write(bytes).then((count) => {
       if (count === bytes.length) then();
       else this.write(bytes.subarray(count)).then(then, fail);
-    }, () => fail(new Disconnected()));
+    }, () => fail(DISCONNECTED));
   }
 
   /** Writes all of `bytes`: the system may take fewer at a time. */
@@ -733,7 +730,7 @@ class Connection implements Disposable {
       sent += await new Promise<number>((resolve, reject) => {
         // In Deno 2.6 a write goes on when its connection is closed.
         this.#interrupt = reject;
-        this.#conn.write(rest).then(resolve, () => reject(new Disconnected()));
+        this.#conn.write(rest).then(resolve, () => reject(DISCONNECTED));
       });
     }
     this.#await("handler");
@@ -801,12 +798,12 @@ class Connection implements Disposable {
       this.#contentSince ||= this.#patience.now;
       this.deadline = Math.min(this.deadline, this.#contentSince + this.#patience.content + this.#contentRead);
       this.#conn.read(this.#room()).then((count) => {
-        if (count === null) return reject(new Disconnected());
+        if (count === null) return reject(DISCONNECTED);
         this.#end += count;
         this.#contentRead += count;
         this.#await("handler");
         resolve();
-      }, () => reject(new Disconnected()));
+      }, () => reject(DISCONNECTED));
     });
   }
 
@@ -898,7 +895,7 @@ class Connection implements Disposable {
     this.#closed = this.closing = true;
     this.deadline = Infinity;
     this.#conn.close();
-    this.#interrupt(new Disconnected());
+    this.#interrupt(DISCONNECTED);
   }
 }
 
@@ -2965,7 +2962,7 @@ interface Message {
   /** Present if the message may answer equal requests again, as long as this says so. */
   readonly isFresh?: (now: number) => boolean;
   /** Such a message as bytes, good for the second that its Date names. */
-  ready?: { readonly bytes: Uint8Array; readonly second: number };
+  ready?: { [persistent: string]: { readonly bytes: Uint8Array; readonly second: number } };
 }
 
 const NO_BYTES = new Uint8Array();
@@ -4046,13 +4043,11 @@ function respond(
   connection: Connection,
   known: KnownHead,
 ): Uint8Array | Promise<Uint8Array | Message> {
-  const { head, message: last } = known, now = Date.now();
-  if (last !== undefined && !server.draining) {
-    if (last.isFresh!(now)) {
-      server.log.access(clientOf(server, connection, head), head, last);
-      return readyBytes(server, last, head, now);
-    }
-    known.message = undefined;
+  const { head } = known, last = known.message?.deref(), now = Date.now();
+  if (last !== undefined && !server.draining && last.isFresh!(now)) {
+    server.log.access(clientOf(server, connection, head), head, last);
+    if (!head.persistent) connection.close(false);
+    return readyBytes(server, last, head, now);
   }
   server.log.wire(head.text, "<");
   const incoming = new IncomingRequest(server, connection, head);
@@ -4090,11 +4085,10 @@ const PREFLIGHT: Readonly<Record<string, string>> = {
 
 /** The bytes of a message that answers equal requests: made anew when its Date is no longer true. */
 function readyBytes(server: HttpServer, message: WholeMessage, head: RequestHead, now: number): Uint8Array {
-  const second = Math.trunc(now / 1000);
-  if (message.ready?.second !== second) {
-    message.ready = { second, bytes: compose(server, message, head, true) };
-  }
-  return message.ready.bytes;
+  const second = Math.trunc(now / 1000), ready = message.ready ??= {};
+  const kind = head.persistent ? "persistent" : "last";
+  if (ready[kind]?.second !== second) ready[kind] = { second, bytes: compose(server, message, head, head.persistent) };
+  return ready[kind].bytes;
 }
 
 /**
@@ -4111,7 +4105,9 @@ function finish(
   if (!isWhole(message) || head.framing.kind !== "none") return Promise.resolve(message);
   const persistent = persists(server, connection, head);
   const repeatable = message.isFresh !== undefined && head.method === "GET" && head.minor === 1;
-  if (repeatable && persistent && server.settings.log !== "wire") known.message = message;
+  if (repeatable && persistent === head.persistent && server.settings.log !== "wire") {
+    known.message = message.content.length <= REPEATABLE_LIMIT ? { deref: () => message } : new WeakRef(message);
+  }
   server.log.access(clientOf(server, connection, head), head, message);
   const again = message === known.said?.message && persistent && server.settings.log !== "wire";
   return again ? readyBytes(server, message, head, Date.now()) : compose(server, message, head, persistent);
