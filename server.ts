@@ -1260,11 +1260,13 @@ function writeTable(text: string, repertoire: Repertoire, writer: Writer): void 
   let { bytes, length } = writer;
   for (let i = 0; i < units.length; i++) {
     const unit = units[i]!, code = table[unit]!;
-    if (code > 0xff) {
-      bytes[length++] = code >> 8;
-      bytes[length++] = code;
-    } else if (code > 0 || unit === 0) bytes[length++] = code;
-    else {
+    if (code > 0 || unit === 0) {
+      // One byte or two, without a branch: in mixed text, nothing could predict it.
+      const wide = (0xff - code) >>> 31;
+      bytes[length] = code >> (wide << 3);
+      bytes[length + 1] = code;
+      length += 1 + wide;
+    } else {
       writer.length = length;
       if (writeRare(text, i, repertoire, writer)) i++;
       ({ bytes, length } = writer);
