@@ -1256,23 +1256,27 @@ interface Repertoire {
 
 /** Every charset whose bytes are looked up: ASCII, then a table (Encoding §9.2, §10, §11, §12, §14). */
 function writeTable(text: string, repertoire: Repertoire, writer: Writer): void {
-  const table = repertoire.units, units = unitsOf(text);
-  let { bytes, length } = writer;
-  for (let i = 0; i < units.length; i++) {
-    const unit = units[i]!, code = table[unit]!;
-    if (code > 0 || unit === 0) {
-      // One byte or two, without a branch: in mixed text, nothing could predict it.
-      const wide = (0xff - code) >>> 31;
-      bytes[length] = code >> (wide << 3);
-      bytes[length + 1] = code;
-      length += 1 + wide;
-    } else {
-      writer.length = length;
-      if (writeRare(text, i, repertoire, writer)) i++;
-      ({ bytes, length } = writer);
-    }
+  const units = unitsOf(text);
+  for (let at = 0; (at = writeKnown(units, at, repertoire.units, writer)) < units.length; at++) {
+    if (writeRare(text, at, repertoire, writer)) at++;
+  }
+}
+
+/** Writes units as long as the table has them; this loop is what encoding costs. Returns where it stopped. */
+function writeKnown(units: Uint16Array, at: number, table: Uint16Array, writer: Writer): number {
+  const { bytes } = writer;
+  let { length } = writer;
+  for (; at < units.length; at++) {
+    const unit = units[at]!, code = table[unit]!;
+    if (code === 0 && unit !== 0) break;
+    // One byte or two, without a branch: in mixed text, nothing could predict it.
+    const wide = (0xff - code) >>> 31;
+    bytes[length] = code >> (wide << 3);
+    bytes[length + 1] = code;
+    length += 1 + wide;
   }
   writer.length = length;
+  return at;
 }
 
 /** The part of Node's `process` that Deno has too, and that is used here. */
