@@ -1021,10 +1021,13 @@ function interpret(text: string, lineLength: number, marks: readonly number[]): 
   if (major !== "1") throw new FramingError(505, `HTTP/${major}.${minor} is not spoken here, HTTP/1.1 is`);
   if (target.length > TARGET_LIMIT) throw new FramingError(414, `The target exceeds ${TARGET_LIMIT} bytes`);
   const fields = { text, marks };
+  let safeLine: string | undefined;
   const connection = parseList(fieldValue(fields, "connection")?.toLowerCase() ?? "");
   return {
     text,
-    line: escapeWire(line.replace(/["\\]/g, "\\$&")),
+    get line() {
+      return safeLine ??= escapeWire(line.replace(/["\\]/g, "\\$&"));
+    },
     method,
     target,
     minor: minor === "0" ? 0 : 1,
