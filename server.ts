@@ -3895,6 +3895,8 @@ class HttpServer implements Server {
   }
 
   #take(conn: Deno.Conn): void {
+    // So many were refused, and still linger, that not even that can be said.
+    if (this.#connections.size >= 2 * this.settings.maxConnections) return conn.close();
     const connection = new Connection(conn, this.#patience, this.heads);
     const full = this.#connections.size + this.#held >= this.settings.maxConnections;
     this.#connections.add(connection);
@@ -3967,13 +3969,18 @@ class HttpServer implements Server {
   }
 }
 
-/** Options over the defaults of the table; labels resolved. */
+/** Options over the defaults of the table; labels resolved, and nothing in them that could break a head apart. */
 function settingsOf(options: ServeOptions): Settings & { readonly root: string | undefined } {
   const given = Object.entries(options).filter(([, value]) => value !== undefined);
   const settings = { ...DEFAULTS, log: "none", root: undefined, ...Object.fromEntries(given) } as Settings & {
     root: string | undefined;
   };
-  const { charset, sourceCharset } = settings;
+  const { charset, sourceCharset, header, declare } = settings;
+  for (const [name, value] of header) {
+    checkField(name, value);
+    if (FRAMING_FIELDS.has(name.toLowerCase())) throw new TypeError(`The field ${name} is the server's to write`);
+  }
+  if (declare !== undefined) checkField("Content-Type", contentType("text/html", undefined, declare));
   return {
     ...settings,
     charset: charset && encodingOf(charset),

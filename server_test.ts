@@ -3218,6 +3218,16 @@ Deno.test("The command line serves with threads", { ignore: ON_WINDOWS }, async 
   assertEquals([code, stderr.trimEnd().split("\n").length], [0, 8], stderr);
 });
 
+Deno.test("settingsOf() refuses options that would break a head apart", () => {
+  const options: ServeOptions[] = [
+    { header: [["X-A", "1\r\nX-B: 2"]] },
+    { header: [["X A", "1"]] },
+    { header: [["Content-Length", "5"]] },
+    { declare: "a\r\nb" },
+  ];
+  for (const each of options) assertThrows(() => serve({ port: 0, ...each }), TypeError);
+});
+
 // ── Anything ────────────────────────────────────────────────────────────────────────────────────
 // `deno task fuzz` goes on for longer, with other seeds.
 
