@@ -2440,7 +2440,9 @@ async function listFolder(
   };
   const listed = await orNothing(listNames(server, path, search));
   if (listed === undefined) throw new HttpError(404, "Nothing is here any more");
-  const shown = await describeEntries(server.root!, path, listed, asked), count = listed.names.length;
+  const shown = await describeEntries(server.root!, path, listed, asked);
+  // What is no file, or leads out of ROOT, is known only where it was looked at.
+  const count = listed.names.length > LISTING_PAGE ? listed.names.length : shown.length;
   const headers = { Vary: "Accept", "Cache-Control": "no-cache", "Content-Security-Policy": PAGE_POLICY };
   const accepted = parseAccept(incoming.header("accept") ?? "");
   if ((accepted.get("application/json") ?? 0) > (accepted.get("text/html") ?? 0)) {
@@ -2511,7 +2513,7 @@ function listingHtml(
   const column = (title: string, key: ListingQuery["sort"]) => {
     const current = sort === key, turned = current && !descending;
     const direction = current ? ` aria-sort="${descending ? "descending" : "ascending"}"` : "";
-    return `<th scope="col"${direction}><a href="?${
+    return `<th scope="col"${key === "size" ? ' class="number"' : ""}${direction}><a href="?${
       queryOf({ ...here, sort: key, ...(turned && { desc: "" }) })
     }">${title}</a>`;
   };
