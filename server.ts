@@ -465,13 +465,15 @@ function writeLatin1(text: string, bytes: Uint8Array): void {
   for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
 }
 
+/** In bytes. As long as one cut of it is in use, all of it is. */
+const SLAB_SIZE = 32 * 1024;
 /** Small buffers are cut from a larger one, since each of its own would cost more than what is written into it. */
 let slab = new Uint8Array(0);
 
 /** A new buffer of that length; what it contains is for the caller to write. */
 function allocate(length: number): Uint8Array<ArrayBuffer> {
   if (length > 4096) return new Uint8Array(length);
-  if (length > slab.length) slab = new Uint8Array(65536);
+  if (length > slab.length) slab = new Uint8Array(SLAB_SIZE);
   const bytes = slab.subarray(0, length);
   slab = slab.subarray(length);
   return bytes;
@@ -598,10 +600,7 @@ class Connection implements Disposable {
       };
       const wait = (reply: Promise<Uint8Array | T>) => {
         reply.catch(() => {}); // It may fail while what is before it is being written.
-        this.#flush(() => {
-          this.#await("handler");
-          reply.then(answered, reject);
-        }, reject);
+        this.#flush(() => (this.#await("handler"), reply.then(answered, reject)), reject);
       };
       const answered = (reply: Uint8Array | T) => {
         if (!(reply instanceof Uint8Array)) return resolve(reply);
@@ -643,7 +642,7 @@ class Connection implements Disposable {
     }
     const head = parseRequest(this.#bytes, this.#start, this.#end);
     if (head === undefined) return undefined;
-    const bytes = concat([this.#bytes.subarray(this.#start, this.#start += head.text.length)]);
+    const bytes = this.#bytes.slice(this.#start, this.#start += head.text.length);
     this.#unread = head.framing.kind === "none" ? undefined : this.#readContent(head.framing);
     this.#contentSince = this.#contentRead = 0;
     this.#awaitsContinue = this.#unread !== undefined && head.minor === 1 && fieldValue(head, "expect") !== undefined;
