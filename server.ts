@@ -4400,7 +4400,7 @@ function flagName(key: string): string {
 
 /** Reads the arguments by the table. Throws `UsageError`. */
 async function parseArguments(args: readonly string[]): Promise<Settings & { readonly root: string | undefined }> {
-  // No arguments, nothing to parse: a bare run loads no package.
+  // Without arguments there is nothing to parse, and the package is not loaded.
   if (args.length === 0) return { ...DEFAULTS, root: undefined };
   // With its prefix, so that this file also works alone, without deno.json.
   // deno-lint-ignore no-import-prefix
