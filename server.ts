@@ -265,9 +265,7 @@ function hostName(text: string): string {
 function fieldLine(text: string): Field {
   const { name, value } = FIELD_LINE.exec(text)?.groups ?? {};
   if (name === undefined || value === undefined) throw new UsageError('expected "Name: value"');
-  if (/^(content-length|transfer-encoding|connection|date|content-range)$/i.test(name)) {
-    throw new UsageError(`${name} is the server's to write`);
-  }
+  if (FRAMING_FIELDS.has(name.toLowerCase())) throw new UsageError(`${name} is the server's to write`);
   return [name, value];
 }
 
@@ -3044,13 +3042,13 @@ async function writeStream(
     // page can still be sent.
     const pieces = content.read(0, Infinity, text)[Symbol.asyncIterator]();
     try {
-      let next = pieces.next();
-      if (content.isLive && !await settlesSoon(next)) {
+      const first = pieces.next();
+      if (content.isLive && !await settlesSoon(first)) {
         connection.midway = true;
         await connection.write(before);
         before = NO_BYTES;
       }
-      for (let piece = await next; !piece.done; piece = await (next = pieces.next())) {
+      for (let piece = await first; !piece.done; piece = await pieces.next()) {
         if (piece.value.length === 0) continue;
         connection.midway = true;
         await connection.write(framePiece(before, piece.value, chunked));
@@ -3736,7 +3734,7 @@ function describeCharsets(): Answer {
     const sample = sampleOf(name);
     return { name, labels, kind: kindOf(name), sample, bytes: hex(encode(sample, name)) };
   });
-  return { type: "application/json", body: JSON.stringify(charsets, null, 2) + "\n", constant: true };
+  return { type: "application/json", body: JSON.stringify(charsets, null, 2) + "\n" };
 }
 
 function kindOf(encoding: string): "unicode" | "multi-byte" | "single-byte" {
@@ -3818,6 +3816,8 @@ class HttpServer implements Server {
   readonly #patience: Patience;
   readonly #hosts: ReadonlySet<string> | undefined;
   readonly #sweeper: ReturnType<typeof setInterval>;
+  /** Resolved when the last connection is closed, at the end. */
+  readonly #drained = Promise.withResolvers<void>();
   #drainDeadline = Infinity;
   #idleDeadline = Infinity;
   #stopping: Promise<void> | undefined;
@@ -3867,8 +3867,8 @@ class HttpServer implements Server {
   }
 
   /** Value of the Date field, made once a second. */
-  date(now: number = Date.now()): string {
-    const second = Math.trunc(now / 1000);
+  date(): string {
+    const now = Date.now(), second = Math.trunc(now / 1000);
     if (second !== this.#second) [this.#second, this.#date] = [second, formatDate(now)];
     return this.#date;
   }
@@ -3924,8 +3924,6 @@ class HttpServer implements Server {
       else if (now > this.#idleDeadline) connection.closeIfIdle();
     }
   }
-
-  readonly #drained = Promise.withResolvers<void>();
 
   shutdown(grace: number = 0): Promise<void> {
     this.#stopping ??= this.#stop(grace);
@@ -4245,7 +4243,8 @@ async function startWorkers(options: ServeOptions, count: number): Promise<Serve
         event.preventDefault();
         ended(worker);
         log.line(`a worker died: ${event.message}`);
-        if (!draining) setTimeout(() => start(port).catch((error) => log.line(messageOf(error))), RESTART_DELAY);
+        const replace = () => draining || start(port).catch((error) => log.line(messageOf(error)));
+        setTimeout(replace, RESTART_DELAY);
       };
       worker.postMessage({ ...options, port });
     });
