@@ -50,87 +50,25 @@
  * @module
  */
 
-// ── Options ─────────────────────────────────────────────────────────────────────────────────────
-// Each option is one row. The row gives its name, how it is read, its default and its line of help;
-// the command line, `serve()` and README follow from this table.
+// ── Server ───────────────────────────────────────────────────────────────────────────────────────
+// Accepts connections, serves each, keeps the time for all, and knows how to stop.
 
-const VERSION = "0.1.0";
-
-/** What to do with a character that a charset lacks, in the words of Encoding §4.1 ("error mode"). */
-export type Unmappable = "html" | "replacement" | "fatal";
-
-/** Thrown for what a person typed wrongly; ends in one line on standard error. */
-class UsageError extends Error {}
-
-interface Option<T> {
-  /** How it is written, as `--help` shows it: `-p, --port <port>`; a flag has no `<value>`. */
-  readonly usage: string;
-  readonly help: string;
-  /** Makes the value of what was typed; throws `UsageError` that says what would have been right. */
-  readonly read: (text: string) => T;
-  /** As it would be typed. */
-  readonly initial?: string | undefined;
-  /** May be given several times: its value is a list. */
-  readonly many?: boolean;
+/**
+ * Starts a server.
+ *
+ * ```ts
+ * import { serve } from "./server.ts";
+ * await using server = serve({ port: 0, routes: [[/^\/$/, () => "你好"]], charset: "gbk" });
+ * ```
+ *
+ * @throws {Deno.errors.AddrInUse} The port is taken.
+ * @throws {Deno.errors.NotCapable} `--allow-net` is missing, or `--allow-read` for `root`.
+ * @throws {Deno.errors.NotFound} `root` does not exist.
+ * @throws {RangeError} A charset does not exist.
+ */
+export function serve(options: ServeOptions = {}): Server {
+  return new HttpServer(options);
 }
-
-const one = <T>(read: (text: string) => T, usage: string, help: string): Option<T | undefined> => ({
-  usage,
-  help,
-  read,
-});
-const initially = <T>(initial: string, read: (text: string) => T, usage: string, help: string): Option<T> => ({
-  usage,
-  help,
-  read,
-  initial,
-});
-const many = <T>(read: (text: string) => T, usage: string, help: string): Option<readonly T[]> & { many: true } => ({
-  usage,
-  help,
-  read: read as never,
-  many: true,
-});
-const flag = (usage: string, help: string): Option<boolean> => ({
-  usage,
-  help,
-  read: (text) => text === "true",
-  initial: "false",
-});
-
-// deno-fmt-ignore
-const OPTIONS = {
-  port: initially("8000", integer(0, 65535), "-p, --port <port>", "0 takes any free port"),
-  host: initially("127.0.0.1", String, "--host <address>", "0.0.0.0 or :: lets other machines in"),
-  unix: one(String, "--unix <path>", "listen on a Unix socket instead"),
-  cert: one(String, "--cert <file>", "HTTPS: the certificate, in PEM"),
-  key: one(String, "--key <file>", "HTTPS: its private key, in PEM"),
-  workers: initially("1", workerCount, "--workers <n>", "threads that share the port; auto is one a core"),
-  allowHost: many(hostName, "--allow-host <name>", "a host name to answer to besides the address listened on; * is any"),
-  body: one(String, "--body <text>", "answer every GET with this text; - reads it from standard input"),
-  charset: one(encodingOption, "-c, --charset <label>", "send text in this charset"),
-  sourceCharset: initially("auto", orWord("auto", encodingOption), "--source-charset <label>", "the charset that files are stored in"),
-  declare: one(label, "--declare <label>", "what Content-Type claims, if not the truth; none claims nothing"),
-  unmappable: initially("auto", oneOf("auto", "html", "replacement", "fatal"), "--unmappable <mode>", "for what the charset lacks: html writes &#N;, replacement ?, fatal refuses"),
-  header: many(fieldLine, "--header <field>", '"Name: value" on every response'),
-  cors: flag("--cors", "let scripts of other sites read: Access-Control-Allow-Origin: *"),
-  fallback: one(String, "--fallback <file>", "answer what is not found with this file of ROOT"),
-  noListing: flag("--no-listing", "no folder listings"),
-  dotfiles: flag("--dotfiles", "serve names that begin with a dot"),
-  trustProxy: flag("--trust-proxy", "log the client that X-Forwarded-For or Forwarded names"),
-  log: initially("common", oneOf("common", "wire", "none"), "--log <form>", "common (Common Log Format + charset), wire (every head), none"),
-  headerTimeout: initially("10s", duration, "--header-timeout <time>", "longest wait for a whole request head"),
-  idleTimeout: initially("60s", duration, "--idle-timeout <time>", "longest silence of a client"),
-  maxConnections: initially("1000", integer(1, 1_000_000), "--max-connections <n>", "connections at once; the next one gets 503"),
-  maxBody: initially("1MiB", byteSize, "--max-body <size>", "longest content of a request"),
-  help: flag("-h, --help", "show this and exit"),
-  version: flag("-V, --version", "show the version and exit"),
-};
-
-type OptionName = keyof typeof OPTIONS;
-type Settings = {
-  readonly [K in OptionName]: (typeof OPTIONS)[K] extends Option<infer T> ? T : never;
-};
 
 /** Options of {@linkcode serve}. What the command line takes is here under the same names. */
 export interface ServeOptions {
@@ -194,297 +132,255 @@ export interface ServeOptions {
   onError?: (error: unknown) => Content | void | Promise<Content | void>;
 }
 
-/** The defaults of the table, as `serve()` starts from them. */
-const DEFAULTS = Object.fromEntries(
-  Object.entries<Option<unknown>>(OPTIONS).map(([name, { initial, many, read }]) => [
-    name,
-    many ? [] : initial === undefined ? undefined : read(initial),
-  ]),
-) as unknown as Settings;
+/** A running server, as {@linkcode Deno.serve} has one. */
+export interface Server extends AsyncDisposable {
+  /** Address that is listened on. */
+  readonly addr: Deno.Addr;
+  /** Resolves when the last connection is closed. */
+  readonly finished: Promise<void>;
+  /**
+   * Stops accepting, lets answers under way finish (10 s at most), closes what is idle. Resolves when all is done.
+   * @param grace For how long, in milliseconds, idle connections stay open: a request that comes on one is still
+   * answered, with `Connection: close`, so that a proxy in front loses none. Without it they are closed at once.
+   */
+  shutdown(grace?: number): Promise<void>;
+}
 
-function integer(least: number, most: number) {
-  return (text: string): number => {
-    const value = /^\d{1,9}$/.test(text) ? Number(text) : NaN;
-    if (value >= least && value <= most) return value;
-    throw new UsageError(`expected a whole number from ${least} to ${most}`);
+/** Longest wait at the end for answers that are under way, in milliseconds. */
+const DRAIN_TIME = 10_000;
+/** After SIGTERM, how long idle connections stay open for a request that may be on its way, in milliseconds. */
+const IDLE_GRACE = 1000;
+/** How often, and how long each time, in milliseconds, to look whether the system has more connections for us. */
+const BACKLOG_TURNS = 10, BACKLOG_TURN = 50;
+/** How long to wait before accepting again when the system has no more files, in milliseconds. */
+const ACCEPT_BACKOFF = 100;
+
+class HttpServer implements Server {
+  readonly addr: Deno.Addr;
+  readonly finished: Promise<void>;
+  readonly settings: Settings;
+  readonly routes: readonly Route[];
+  readonly root: Root | undefined;
+  readonly secure: boolean;
+  readonly log: Log;
+  readonly options: ServeOptions;
+  /** What `--header` and the like add to every head, and the names that it replaces. */
+  readonly extraHead: string;
+  readonly ownFields: ReadonlySet<string>;
+  /** Caches: of heads, of what is known of files' charsets, of files' responses. */
+  readonly heads: Heads = { known: new Map(), seen: new Set() };
+  readonly charsets = new Cache<StoredCharset>(CACHE_SIZE / 4);
+  readonly messages = new Cache<{ readonly identity: string; readonly message: Promise<Message> }>(CACHE_SIZE);
+  draining = false;
+  readonly #listener: Deno.Listener;
+  readonly #connections = new Set<Connection>();
+  readonly #patience: Patience;
+  readonly #hosts: ReadonlySet<string> | undefined;
+  readonly #sweeper: ReturnType<typeof setInterval>;
+  /** Resolved when the last connection is closed, at the end. */
+  readonly #drained = Promise.withResolvers<void>();
+  #drainDeadline = Infinity;
+  #idleDeadline = Infinity;
+  #stopping: Promise<void> | undefined;
+  /** Connections that were closed, but are still there. */
+  #held = 0;
+  /** Connections accepted so far. */
+  #taken = 0;
+  #second = 0;
+  #date = "";
+  #backoff: PromiseWithResolvers<void> | undefined;
+
+  constructor(options: ServeOptions) {
+    const settings = this.settings = settingsOf(options);
+    this.options = options;
+    this.root = settings.root === undefined ? undefined : openRoot(settings.root, settings.fallback);
+    this.routes = [...(options.routes ?? []), ...(settings.body === undefined ? [] : [bodyRoute(settings.body)])];
+    this.secure = settings.cert !== undefined;
+    const added: Field[] = [
+      ["X-Content-Type-Options", "nosniff"],
+      ...(settings.cors ? [["Access-Control-Allow-Origin", "*"] as const] : []),
+    ];
+    this.ownFields = new Set(settings.header.map(([name]) => name.toLowerCase()));
+    this.extraHead = [...added.filter(([name]) => !this.ownFields.has(name.toLowerCase())), ...settings.header]
+      .map(([name, value]) => `${name}: ${value}\r\n`).join("");
+    const { headerTimeout: head, idleTimeout: idle } = settings;
+    this.#patience = {
+      now: performance.now(),
+      request: idle,
+      head,
+      content: idle,
+      reader: idle,
+      handler: Infinity,
+      end: LINGER_TIME,
+    };
+    this.log = new Log(settings.log, options.onLog);
+    this.#listener = listen(settings, options.reusePort);
+    // Deno 2.6 leaves the transport of a TLS listener out.
+    this.addr = settings.unix === undefined
+      ? { ...this.#listener.addr as Deno.NetAddr, transport: "tcp" }
+      : this.#listener.addr;
+    this.#hosts = allowedHosts(this.addr, settings);
+    this.#sweeper = setInterval(() => this.#sweep(), Math.max(10, Math.min(1000, Math.min(head, idle) / 4)));
+    this.finished = this.#accept().then(() => this.#end());
+    options.signal?.addEventListener("abort", () => void this.shutdown(), { once: true });
+    if (options.signal?.aborted) void this.shutdown();
+    options.onListen?.(this.addr);
+  }
+
+  /** Value of the Date field, made once a second. */
+  date(): string {
+    const now = Date.now(), second = Math.trunc(now / 1000);
+    if (second !== this.#second) [this.#second, this.#date] = [second, formatDate(now)];
+    return this.#date;
+  }
+
+  async #accept(): Promise<void> {
+    while (!this.draining) {
+      try {
+        this.#take(await this.#listener.accept());
+        this.#taken++;
+      } catch (error) {
+        if (this.draining) return;
+        // Out of files, or a client that gave up: wait a little, others will close theirs.
+        this.log.line(`cannot accept a connection: ${(error as Error).message}`);
+        await this.#pause(ACCEPT_BACKOFF);
+      }
+    }
+  }
+
+  /** Waits, unless the server stops meanwhile. */
+  async #pause(time: number): Promise<void> {
+    const { promise, resolve } = this.#backoff = Promise.withResolvers<void>();
+    const timer = setTimeout(resolve, time);
+    await promise;
+    clearTimeout(timer);
+  }
+
+  #take(conn: Deno.Conn): void {
+    // So many were refused, and still linger, that not even that can be said.
+    if (this.#connections.size >= 2 * this.settings.maxConnections) return conn.close();
+    const connection = new Connection(conn, this.#patience, this.heads);
+    const full = this.#connections.size + this.#held >= this.settings.maxConnections;
+    this.#connections.add(connection);
+    const served = full ? refuseConnection(this, connection) : serveConnection(this, connection);
+    const handshake = "handshake" in conn ? (conn as Deno.TlsConn).handshake() : undefined;
+    handshake?.catch(() => {}); // Reading finds out.
+    served.finally(() => {
+      this.#connections.delete(connection);
+      if (this.draining && this.#connections.size === 0) this.#drained.resolve();
+      if (handshake === undefined) return;
+      // Deno closes a TLS connection only when its handshake has ended, however: until then, it counts.
+      const gone = () => this.#held--;
+      this.#held++;
+      handshake.then(gone, gone);
+    });
+  }
+
+  /** One look at all connections: whose time is up? */
+  #sweep(): void {
+    const now = this.#patience.now = performance.now();
+    for (const connection of this.#connections) {
+      if (now > connection.deadline) connection.expire();
+      else if (now > this.#drainDeadline) connection[Symbol.dispose]();
+      else if (now > this.#idleDeadline) connection.closeIfIdle();
+    }
+  }
+
+  shutdown(grace: number = 0): Promise<void> {
+    this.#stopping ??= this.#stop(grace);
+    return this.finished;
+  }
+
+  async #stop(grace: number): Promise<void> {
+    if (grace > 0) await this.#emptyBacklog();
+    this.draining = true;
+    this.#drainDeadline = performance.now() + DRAIN_TIME;
+    this.#idleDeadline = performance.now() + grace;
+    this.#listener.close();
+    this.#backoff?.resolve();
+    if (grace === 0) { for (const connection of this.#connections) connection.closeIfIdle(); }
+    if (this.#connections.size === 0) this.#drained.resolve();
+  }
+
+  /** Waits until nobody new came for a moment: closing a listener resets what the system has taken for it. */
+  async #emptyBacklog(): Promise<void> {
+    for (let turn = 0, seen = -1; turn < BACKLOG_TURNS && seen !== this.#taken; turn++) {
+      seen = this.#taken;
+      await new Promise((resolve) => setTimeout(resolve, BACKLOG_TURN));
+    }
+  }
+
+  async #end(): Promise<void> {
+    await this.#drained.promise;
+    clearInterval(this.#sweeper); // A socket's file went with its listener; by now there may be a successor's.
+    await this.log.close();
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.shutdown();
+  }
+
+  /** Whether a request names this server (RFC 9110 §7.4): a page elsewhere must not reach us by a name that it controls. */
+  answersTo(authority: string): boolean {
+    // No browser leaves the name out; HTTP/1.0 may.
+    if (this.#hosts === undefined || authority === "") return true;
+    const host = authority.replace(/:\d*$/, "").replace(/\.$/, "");
+    return this.#hosts.has(host) || host.endsWith(".localhost") && this.#hosts.has("localhost");
+  }
+}
+
+/** Options over the defaults of the table; labels resolved, and nothing in them that could break a head apart. */
+function settingsOf(options: ServeOptions): Settings & { readonly root: string | undefined } {
+  const given = Object.entries(options).filter(([, value]) => value !== undefined);
+  const settings = { ...DEFAULTS, log: "none", root: undefined, ...Object.fromEntries(given) } as Settings & {
+    root: string | undefined;
+  };
+  const { charset, sourceCharset, header, declare } = settings;
+  for (const [name, value] of header) {
+    checkField(name, value);
+    if (FRAMING_FIELDS.has(name.toLowerCase())) throw new TypeError(`The field ${name} is the server's to write`);
+  }
+  if (declare !== undefined) checkField("Content-Type", contentType("text/html", undefined, declare));
+  return {
+    ...settings,
+    charset: charset && encodingOf(charset),
+    sourceCharset: sourceCharset === "auto" ? "auto" : encodingOf(sourceCharset),
   };
 }
 
-/** Reads `8`, `auto`: as many threads as there are cores. */
-function workerCount(text: string): number {
-  return text === "auto" ? navigator.hardwareConcurrency : integer(1, 256)(text);
-}
-
-/** Reads `10s`, `500ms`, `2m` or `10` (seconds). Returns milliseconds. */
-function duration(text: string): number {
-  const match = /^(\d{1,6}(?:\.\d{1,3})?)(ms|s|m)?$/.exec(text);
-  const value = Number(match?.[1]) * { ms: 1, s: 1000, m: 60_000 }[match?.[2] as "ms" ?? "s"];
-  if (value >= 1) return value;
-  throw new UsageError(`expected a time such as 10s, 500ms or 2m`);
-}
-
-/** Reads `1MiB`, `64KiB` or `1000` (bytes). Returns bytes. */
-function byteSize(text: string): number {
-  const match = /^(\d{1,9})(KiB|MiB|GiB)?$/i.exec(text);
-  if (match === null) throw new UsageError(`expected a size such as 1MiB, 64KiB or 1000`);
-  const unit = { kib: 2 ** 10, mib: 2 ** 20, gib: 2 ** 30 }[match[2]?.toLowerCase() as "kib"] ?? 1;
-  return Number(match[1]) * unit;
-}
-
-function oneOf<const W extends string>(...words: W[]) {
-  return (text: string): W => {
-    if (words.includes(text as W)) return text as W;
-    throw new UsageError(`expected ${words.join(", ")}${didYouMean(text, words)}`);
-  };
-}
-
-function orWord(word: string, read: (text: string) => string) {
-  return (text: string): string => text === word ? word : read(text);
-}
-
-function encodingOption(text: string): string {
-  try {
-    return encodingOf(text);
-  } catch (error) {
-    throw new UsageError((error as Error).message);
+// Deno cannot close a TLS connection whose handshake never ends: towards the open Internet, put a proxy in front.
+function listen({ host, port, unix, cert, key }: Settings, reusePort = false): Deno.Listener {
+  if (unix !== undefined) return Deno.listen({ transport: "unix", path: unix });
+  const address = { hostname: host, port, reusePort };
+  if (cert !== undefined && key !== undefined) {
+    return Deno.listenTls({ ...address, cert, key, alpnProtocols: ["http/1.1"] });
   }
+  return Deno.listen(address);
 }
 
-/** A label need not exist to be declared: testers want wrong ones. It must only be a token. */
-function label(text: string): string {
-  if (TOKEN.test(text)) return text;
-  throw new UsageError("expected a label such as gbk, or none");
+/** Names to answer to; undefined is any. Other machines reach us by names that we cannot know. */
+function allowedHosts(addr: Deno.Addr, { host, allowHost }: Settings): ReadonlySet<string> | undefined {
+  const local = addr.transport === "tcp" && /^(?:127\.|::1$)/.test(addr.hostname);
+  if (allowHost.includes("*") || !local && allowHost.length === 0) return undefined;
+  const own = addr.transport === "tcp" ? [addr.hostname, `[${addr.hostname}]`, host.toLowerCase()] : [];
+  return new Set([
+    ...own,
+    ...(local ? ["localhost", "127.0.0.1", "[::1]"] : []),
+    ...allowHost.map((name) => name.toLowerCase()),
+  ]);
 }
 
-function hostName(text: string): string {
-  if (text === "*" || HOST.test(text)) return text.toLowerCase();
-  throw new UsageError("expected a host name such as example.com, without a port, or *");
+function openRoot(path: string, fallback: string | undefined): Root {
+  const real = Deno.realPathSync(path);
+  if (fallback !== undefined) Deno.realPathSync(`${real}${SEPARATOR}${fallback}`);
+  return { path: real, isFile: Deno.statSync(real).isFile };
 }
 
-/** Reads `Name: value`. Framing is the server's own: its fields are refused. */
-function fieldLine(text: string): Field {
-  const { name, value } = FIELD_LINE.exec(text)?.groups ?? {};
-  if (name === undefined || value === undefined) throw new UsageError('expected "Name: value"');
-  if (FRAMING_FIELDS.has(name.toLowerCase())) throw new UsageError(`${name} is the server's to write`);
-  return [name, value];
+function bodyRoute(body: string): Route {
+  return [/^/, () => ({ body, constant: true })];
 }
 
-/** `, did you mean X?` for the candidate with the least edit distance, if one is near. */
-function didYouMean(typed: string, candidates: readonly string[]): string {
-  if (typed.length > 40) return ""; // Nobody means that, and comparing it would take long.
-  let best = "", least = Math.max(2, typed.length / 3);
-  for (const candidate of candidates) {
-    const distance = editDistance(typed.toLowerCase(), candidate);
-    if (distance <= least && (distance < least || best === "")) [best, least] = [candidate, distance];
-  }
-  return best && `, did you mean ${best}?`;
-}
-
-/** Makes a value when it is first asked for. */
-function lazily<T>(make: () => T): () => T {
-  let made: { readonly value: T } | undefined;
-  return () => (made ??= { value: make() }).value;
-}
-
-/** Insertions, removals, replacements and swaps of neighbours that make `a` into `b`. */
-function editDistance(a: string, b: string): number {
-  let [before, last] = [[] as number[], Array.from({ length: b.length + 1 }, (_, j) => j)];
-  for (let i = 1; i <= a.length; i++) {
-    const row = [i];
-    for (let j = 1; j <= b.length; j++) {
-      const change = a[i - 1] === b[j - 1] ? 0 : 1;
-      row[j] = Math.min(last[j]! + 1, row[j - 1]! + 1, last[j - 1]! + change);
-      if (a[i - 1] === b[j - 2] && a[i - 2] === b[j - 1]) row[j] = Math.min(row[j]!, before[j - 2]! + 1);
-    }
-    [before, last] = [last, row];
-  }
-  return last[b.length]!;
-}
-
-// ── Vocabulary ──────────────────────────────────────────────────────────────────────────────────
-// The words that HTTP is made of: fields, tokens, dates, qualities, and the statuses a server says.
-
-type Field = readonly [name: string, value: string];
-
-/** RFC 9110 §5.6.2. */
-const TOKEN = /^[!#$%&'*+\-.^_`|~0-9A-Za-z]+$/;
-/** RFC 9110 §5.1 and §5.5: what may stand in one line, without the white space around the value. */
-const FIELD_LINE =
-  /^(?<name>[!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*(?<value>[\x21-\x7e\x80-\xff]?|[\x21-\x7e\x80-\xff][\t\x20-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])[ \t]*$/;
-/** RFC 9110 §8.3.1, without parameters. */
-const MEDIA_TYPE = /^[!#$%&'*+\-.^_`|~0-9A-Za-z]+\/[!#$%&'*+\-.^_`|~0-9A-Za-z]+$/;
-/** RFC 3986 §3.2.2, without a port: a name, an IPv4 address, or an IPv6 address in brackets. */
-const HOST = /^(?:[0-9A-Za-z\-._~!$&'()*+,;=%]+|\[[0-9A-Fa-f:.]+\])$/;
-
-// deno-fmt-ignore
-const REASONS: Readonly<Record<number, string>> = {
-  100: "Continue", 200: "OK", 201: "Created", 202: "Accepted", 204: "No Content", 205: "Reset Content",
-  206: "Partial Content", 301: "Moved Permanently", 302: "Found", 303: "See Other", 304: "Not Modified",
-  307: "Temporary Redirect", 308: "Permanent Redirect", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
-  404: "Not Found", 405: "Method Not Allowed", 406: "Not Acceptable", 408: "Request Timeout", 409: "Conflict",
-  410: "Gone", 411: "Length Required", 412: "Precondition Failed", 413: "Content Too Large", 414: "URI Too Long",
-  415: "Unsupported Media Type", 416: "Range Not Satisfiable", 417: "Expectation Failed", 418: "I'm a Teapot",
-  421: "Misdirected Request", 422: "Unprocessable Content", 425: "Too Early", 426: "Upgrade Required",
-  428: "Precondition Required", 429: "Too Many Requests", 431: "Request Header Fields Too Large",
-  451: "Unavailable For Legal Reasons", 500: "Internal Server Error", 501: "Not Implemented", 502: "Bad Gateway",
-  503: "Service Unavailable", 504: "Gateway Timeout", 505: "HTTP Version Not Supported",
-};
-
-/**
- * An answer that is not the one hoped for. Any stage, and any handler, may throw it; the connection
- * turns it into a small page. The message is shown to the client.
- */
-export class HttpError extends Error {
-  /** Status code of RFC 9110 §15, from 400 to 599. */
-  readonly status: number;
-  /** Fields that the response must carry, `Allow` of a 405 say. */
-  readonly fields: readonly (readonly [name: string, value: string])[];
-
-  /** Makes an error for `status`, explained to the client by `message`, to the log by `options.cause`. */
-  constructor(
-    status: number,
-    message: string,
-    fields: readonly (readonly [name: string, value: string])[] = [],
-    options?: ErrorOptions,
-  ) {
-    super(message, options);
-    this.name = "HttpError";
-    this.status = status;
-    this.fields = fields;
-  }
-}
-
-/** RFC 9110 §5.6.7: `toUTCString` happens to be the IMF-fixdate that HTTP wants. */
-function formatDate(time: number): string {
-  return new Date(time).toUTCString();
-}
-
-const MONTHS = "JanFebMarAprMayJunJulAugSepOctNovDec";
-const HTTP_DATES = [
-  /^\w{3}, (?<day>\d\d) (?<month>\w{3}) (?<year>\d{4}) (?<h>\d\d):(?<m>\d\d):(?<s>\d\d) GMT$/, // IMF-fixdate
-  /^\w{6,9}, (?<day>\d\d)-(?<month>\w{3})-(?<year>\d\d) (?<h>\d\d):(?<m>\d\d):(?<s>\d\d) GMT$/, // RFC 850
-  /^\w{3} (?<month>\w{3}) (?<day>[\d ]\d) (?<h>\d\d):(?<m>\d\d):(?<s>\d\d) (?<year>\d{4})$/, // asctime
-];
-
-/** The three forms of RFC 9110 §5.6.7, as milliseconds; NaN for anything else. */
-function parseDate(text: string): number {
-  for (const form of HTTP_DATES) {
-    const part = form.exec(text)?.groups;
-    if (part === undefined) continue;
-    const month = MONTHS.indexOf(part.month!) / 3, [day, h, m, s] = [part.day, part.h, part.m, part.s].map(Number);
-    let year = Number(part.year);
-    // A year of two digits is the nearest that is less than 50 years ahead.
-    if (part.year!.length === 2) {
-      const now = new Date().getUTCFullYear();
-      year += now - now % 100;
-      if (year > now + 50) year -= 100;
-    }
-    const time = Date.UTC(year, month, day, h, m, s);
-    const sound = Number.isInteger(month) && new Date(time).getUTCDate() === day && h! < 24 && m! < 60 && s! < 61;
-    return sound ? time : NaN;
-  }
-  return NaN;
-}
-
-/** Text without the white space of HTTP at its ends (RFC 9110 §5.6.3); in linear time, unlike a pattern. */
-function trimSpace(text: string): string {
-  let start = 0, end = text.length;
-  while (start < end && (text[start] === " " || text[start] === "\t")) start++;
-  while (start < end && (text[end - 1] === " " || text[end - 1] === "\t")) end--;
-  return text.slice(start, end);
-}
-
-/** The members of a comma-separated list (RFC 9110 §5.6.1), trimmed, without the empty ones. */
-function parseList(value: string): string[] {
-  return value.split(",").map(trimSpace).filter((member) => member !== "");
-}
-
-const QUALITY = /^q=(?<quality>0(?:\.\d{0,3})?|1(?:\.0{0,3})?)$/i;
-
-/** An `Accept…` field (RFC 9110 §12.4.2): what is accepted, in lower case, with its quality; malformed members are ignored. */
-function parseAccept(value: string): Map<string, number> {
-  const qualities = new Map<string, number>();
-  for (const member of parseList(value)) {
-    const [item, ...parameters] = member.split(";").map(trimSpace);
-    const weight = parameters.find((parameter) => /^q=/i.test(parameter)) ?? "q=1";
-    const quality = QUALITY.exec(weight)?.groups?.quality;
-    if (item && quality !== undefined) qualities.set(item.toLowerCase(), Number(quality));
-  }
-  return qualities;
-}
-
-/** The media type of a Content-Type, without its parameters, in lower case (RFC 9110 §8.3.1). */
-function essenceOf(contentType: string): string {
-  return trimSpace(contentType.split(";", 1)[0]!).toLowerCase();
-}
-
-/** Text with what markup would take for its own made harmless. */
-function escapeMarkup(text: string): string {
-  return text.replace(/[&<>"']/g, (character) => `&#${character.charCodeAt(0)};`);
-}
-
-/** Text that is safe on a terminal and in one line of a log: no control characters, nothing that turns it about. */
-function escapeControls(text: string): string {
-  // deno-lint-ignore no-control-regex
-  return text.replace(/[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]/g, (character) => {
-    const code = character.charCodeAt(0);
-    return code < 256 ? `\\x${code.toString(16).padStart(2, "0")}` : `\\u${code.toString(16)}`;
-  });
-}
-
-/** The same for text that is still bytes: everything but printable ASCII. */
-function escapeWire(text: string): string {
-  return text.replace(/[^\x20-\x7e]/g, (byte) => `\\x${byte.charCodeAt(0).toString(16).padStart(2, "0")}`);
-}
-
-const UTF8_ENCODER = new TextEncoder(), UTF8_DECODER = new TextDecoder("utf-8", { ignoreBOM: true });
-
-/** Bytes as text, one character a byte: how heads are read and written (RFC 9112 §2.2). */
-function latin1(bytes: Uint8Array): string {
-  // Nearly always it is ASCII, which the platform's UTF-8 decoder reads fastest; what is not would come
-  // out shorter, or with U+FFFD in it.
-  const text = UTF8_DECODER.decode(bytes);
-  if (text.length === bytes.length && !text.includes("\uFFFD")) return text;
-  let exact = "";
-  for (let at = 0; at < bytes.length; at += 4096) exact += String.fromCharCode(...bytes.subarray(at, at + 4096));
-  return exact;
-}
-
-/** The opposite of `latin1`. */
-function latin1Bytes(text: string): Uint8Array<ArrayBuffer> {
-  const bytes = allocate(text.length);
-  writeLatin1(text, bytes);
-  return bytes;
-}
-
-function writeLatin1(text: string, bytes: Uint8Array): void {
-  const { read, written } = UTF8_ENCODER.encodeInto(text, bytes);
-  if (read === text.length && written === text.length) return;
-  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
-}
-
-/** In bytes. As long as one cut of it is in use, all of it is. */
-const SLAB_SIZE = 32 * 1024;
-/** Small buffers are cut from a larger one, since each of its own would cost more than what is written into it. */
-let slab = new Uint8Array(0);
-
-/** A new buffer of that length; what it contains is for the caller to write. */
-function allocate(length: number): Uint8Array<ArrayBuffer> {
-  if (length > 4096) return new Uint8Array(length);
-  if (length > slab.length) slab = new Uint8Array(SLAB_SIZE);
-  const bytes = slab.subarray(0, length);
-  slab = slab.subarray(length);
-  return bytes;
-}
-
-function concat(parts: readonly Uint8Array[]): Uint8Array<ArrayBuffer> {
-  const whole = allocate(parts.reduce((sum, part) => sum + part.length, 0));
-  let at = 0;
-  for (const part of parts) whole.set(part, at), at += part.length;
-  return whole;
-}
-
-// ── Connection ──────────────────────────────────────────────────────────────────────────────────
+// ── Connection ───────────────────────────────────────────────────────────────────────────────────
 // TCP delivers a stream of bytes, cut anywhere: a read may bring half a request or twenty. This is the
 // only place that knows it. It owns one buffer, says what it is waiting for and until when, and
 // leaves the clock to one sweep over all connections, so that no request pays for a timer.
@@ -534,6 +430,28 @@ const CUT_OFF = "Cannot read request: the connection ended inside its head";
 class Disconnected extends Error {}
 /** One for all: nobody reads where it was made. */
 const DISCONNECTED = new Disconnected();
+
+/** One connection, from its first byte to its last. */
+async function serveConnection(server: HttpServer, connection: Connection): Promise<void> {
+  using _ = connection;
+  try {
+    while (!connection.closing) await serveNext(server, connection);
+    if (connection.lingers) await connection.linger();
+  } catch {
+    // The client is gone: nobody is left to be told.
+  }
+}
+
+/** Tells a client that there are too many. */
+async function refuseConnection(server: HttpServer, connection: Connection): Promise<void> {
+  using _ = connection;
+  try {
+    await sendError(server, connection, new FramingError(503, "Too many connections", [["Retry-After", "1"]]));
+    await connection.linger();
+  } catch {
+    // It did not wait.
+  }
+}
 
 class Connection implements Disposable {
   waiting: Waiting = "request";
@@ -896,7 +814,7 @@ class Connection implements Disposable {
   }
 }
 
-// ── Request ─────────────────────────────────────────────────────────────────────────────────────
+// ── Request ──────────────────────────────────────────────────────────────────────────────────────
 // A pure function over bytes with three outcomes: it returns a head, returns undefined while the head
 // is incomplete, or throws a `FramingError`. It is strict on purpose: whatever two parsers could read
 // in two ways is refused, and the connection closed, since nobody can say where the next request
@@ -906,9 +824,6 @@ class Connection implements Disposable {
 const TARGET_LIMIT = 8 * 1024;
 /** Most field lines of a head. */
 const FIELD_COUNT_LIMIT = 100;
-
-/** A request that cannot be told from the next one: answered, and the connection closed. */
-class FramingError extends HttpError {}
 
 /** How the content is delimited (RFC 9112 §6.3). */
 type Framing =
@@ -945,11 +860,14 @@ const CR = 0x0d, LF = 0x0a, COLON = 0x3a, SP = 0x20, HTAB = 0x09;
 
 /** What a byte may be part of: a token, a request line, a field value. */
 const IN_TOKEN = 1, IN_LINE = 2, IN_VALUE = 4, IN_SPACE = 8;
-const CLASSES = Uint8Array.from({ length: 256 }, (_, byte) =>
-  (TOKEN.test(String.fromCharCode(byte)) ? IN_TOKEN : 0) |
-  (byte >= SP && byte !== 0x7f ? IN_LINE | IN_VALUE : 0) |
-  (byte === HTAB ? IN_VALUE : 0) |
-  (byte === SP || byte === HTAB ? IN_SPACE : 0));
+const CLASSES = Uint8Array.from(
+  { length: 256 },
+  (_, byte) =>
+    (/[!#$%&'*+\-.^_`|~0-9A-Za-z]/.test(String.fromCharCode(byte)) ? IN_TOKEN : 0) |
+    (byte >= SP && byte !== 0x7f ? IN_LINE | IN_VALUE : 0) |
+    (byte === HTAB ? IN_VALUE : 0) |
+    (byte === SP || byte === HTAB ? IN_SPACE : 0),
+);
 
 /** What a line's end is while it has not come. */
 const INCOMPLETE = Infinity;
@@ -1116,7 +1034,1375 @@ function parseChunkSize(line: string): number {
   return parseInt(size, 16);
 }
 
-// ── Charset ─────────────────────────────────────────────────────────────────────────────────────
+// ── Exchange ─────────────────────────────────────────────────────────────────────────────────────
+// One request and its answer: refuses what is not for us, finds what it is for, has it answered, sends that, and turns
+// every error into a response.
+
+/** Answers requests up to the first that has to be waited for, and that one. */
+async function serveNext(server: HttpServer, connection: Connection): Promise<void> {
+  try {
+    const message = await connection.next((known) => respond(server, connection, known));
+    if (message === undefined) connection.closing = true;
+    else await send(server, connection, message, connection.current!.head);
+  } catch (error) {
+    await sendError(server, connection, error);
+  }
+}
+
+/** Answers one request: with bytes if that is possible at once, else with the promise of a message. */
+function respond(
+  server: HttpServer,
+  connection: Connection,
+  known: KnownHead,
+): Uint8Array | Promise<Uint8Array | Message> {
+  const { head } = known, last = known.message?.deref(), now = Date.now();
+  if (last !== undefined && !server.draining && last.isFresh!(now)) {
+    server.log.access(clientOf(server, connection, head), head, last);
+    if (!head.persistent) connection.close(false);
+    return readyBytes(server, last, head, now);
+  }
+  server.log.wire(head.text, "<");
+  const incoming = new IncomingRequest(server, connection, head);
+  const resource = known.route ?? admit(server, incoming, known);
+  const message = resource instanceof Promise
+    ? resource.then((resource) => represent(server, incoming, known, resource))
+    : represent(server, incoming, known, resource);
+  return message instanceof Promise
+    ? message.then<Uint8Array | Message>((message) => finish(server, connection, known, message))
+    : finish(server, connection, known, message);
+}
+
+/** Refuses what is not for us, and finds what it is for: a route is remembered with the head. */
+function admit(server: HttpServer, incoming: IncomingRequest, known: KnownHead): Resource | Promise<Resource> {
+  const expectation = incoming.header("expect"), { cors } = server.settings;
+  if (expectation !== undefined && !EXPECTS_CONTINUE.test(expectation)) {
+    throw new HttpError(417, `The expectation "${expectation.slice(0, 100)}" cannot be met`);
+  }
+  if (!server.answersTo(incoming.authority)) {
+    throw new HttpError(421, "This server does not answer to that host name (--allow-host lets it)");
+  }
+  const isPreflight = incoming.method === "OPTIONS" && incoming.header("access-control-request-method") !== undefined;
+  if (cors && isPreflight) return { kind: "route", handler: () => ({ status: 204, headers: PREFLIGHT }), params: {} };
+  const resource = locate(server, incoming);
+  if (!(resource instanceof Promise) && resource.kind === "route") known.route = resource;
+  return resource;
+}
+
+/** What a preflight of Fetch §3.2.3 wants to hear. */
+const PREFLIGHT: Readonly<Record<string, string>> = {
+  "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, PATCH, DELETE",
+  "Access-Control-Allow-Headers": "*, Authorization",
+  "Access-Control-Max-Age": "86400",
+};
+
+/** The bytes of a message that answers equal requests: made anew when its Date is no longer true. */
+function readyBytes(server: HttpServer, message: WholeMessage, head: RequestHead, now: number): Uint8Array {
+  const second = Math.trunc(now / 1000), ready = message.ready ??= {};
+  const kind = head.persistent ? "persistent" : "last";
+  if (ready[kind]?.second !== second) ready[kind] = { second, bytes: compose(server, message, head, head.persistent) };
+  return ready[kind].bytes;
+}
+
+/**
+ * A whole response as bytes, unless there is content of the request to read first, or of the response to
+ * make on the way: then the message itself. Remembers what may be sent again.
+ */
+function finish(
+  server: HttpServer,
+  connection: Connection,
+  known: KnownHead,
+  message: Message,
+): Uint8Array | Promise<Message> {
+  const { head } = known;
+  if (!isWhole(message) || head.framing.kind !== "none") return Promise.resolve(message);
+  const persistent = persists(server, connection, head);
+  const repeatable = message.isFresh !== undefined && head.method === "GET" && head.minor === 1;
+  if (repeatable && persistent === head.persistent && server.settings.log !== "wire") {
+    known.message = message.content.length <= REPEATABLE_LIMIT ? { deref: () => message } : new WeakRef(message);
+  }
+  server.log.access(clientOf(server, connection, head), head, message);
+  const again = message === known.said?.message && persistent && server.settings.log !== "wire";
+  return again ? readyBytes(server, message, head, Date.now()) : compose(server, message, head, persistent);
+}
+
+/** The client's address; with `--trust-proxy`, the one that the proxy before us gives (RFC 7239 §5.2). */
+function clientOf(server: HttpServer, connection: Connection, head: RequestHead | undefined): string {
+  if (!server.settings.trustProxy || head === undefined) return connection.remote;
+  const forwarded = fieldValue(head, "forwarded")?.match(/^.*\bfor="?\[?([^\s;,"\]]+)/i)?.[1];
+  // Only the last address was written by the proxy that we trust; those before it came from the client.
+  const client = forwarded ?? parseList(fieldValue(head, "x-forwarded-for") ?? "").at(-1);
+  return client !== undefined && /^[0-9A-Za-z.:_%-]{1,64}$/.test(client) ? client : connection.remote;
+}
+
+/** Whether the connection goes on after this response (RFC 9112 §9.3); if not, it is told so. */
+function persists(server: HttpServer, connection: Connection, head: RequestHead): boolean {
+  const able = !server.draining && !connection.closing && connection.canFollow(server.settings.maxBody);
+  if (!able || !head.persistent) connection.close(!able);
+  return able && head.persistent;
+}
+
+/** Writes a response that is not just bytes, or comes before the request's content is read. */
+async function send(
+  server: HttpServer,
+  connection: Connection,
+  message: Message,
+  head: RequestHead | undefined,
+): Promise<void> {
+  if (!isWhole(message)) await writeStream(server, connection, message as Message & { content: Stream }, head!);
+  else {
+    const persistent = head !== undefined && persists(server, connection, head);
+    server.log.access(clientOf(server, connection, head), head, message);
+    const isHead = head === undefined ? connection.startsWith("HEAD ") : head.method === "HEAD";
+    await connection.write(compose(server, message, head, persistent, isHead));
+  }
+  await connection.skipContent(server.settings.maxBody);
+}
+
+/** Turns what was thrown into a response, if one can still be sent. */
+async function sendError(server: HttpServer, connection: Connection, error: unknown): Promise<void> {
+  if (connection.midway && !(error instanceof Disconnected)) server.log.line(`answer broken off: ${messageOf(error)}`);
+  if (error instanceof Disconnected || connection.midway) return connection[Symbol.dispose]();
+  if (error instanceof FramingError) connection.close();
+  const head = connection.current?.head;
+  await send(server, connection, await describeError(server, connection, head, error), head);
+}
+
+/** A small page that says what went wrong, or what `onError` makes of it. */
+async function describeError(
+  server: HttpServer,
+  connection: Connection,
+  head: RequestHead | undefined,
+  error: unknown,
+): Promise<Message> {
+  const expected = error instanceof HttpError;
+  if (!expected || error.cause !== undefined) {
+    server.log.line(`error: ${head?.line ?? "no request"}: ${messageOf(expected ? error.cause : error)}`);
+  }
+  if (!expected && head !== undefined && server.options.onError !== undefined) {
+    try {
+      const content = await server.options.onError(error);
+      if (content) return await representContent(server, new IncomingRequest(server, connection, head), content);
+    } catch (error) {
+      server.log.line(`error in onError: ${messageOf(error)}`);
+    }
+  }
+  const { status, message, fields } = expected ? error : new HttpError(500, "The server could not make this page");
+  const charset = server.settings.charset ?? "utf-8", title = `${status} ${REASONS[status] ?? "Error"}`;
+  const page =
+    `<!DOCTYPE html>\n<html lang="en"><meta name="viewport" content="width=device-width"><title>${title}</title>
+<h1>${title}</h1>\n<p>${escapeMarkup(escapeControls(message))}.</p>\n`;
+  const content = encodeText(page, charset, "html").bytes;
+  return {
+    status,
+    fields: [
+      ["Content-Type", contentType("text/html", charset, undefined)],
+      ...fields.map(([name, value]) => checkField(name, value)),
+    ],
+    content,
+    charset,
+  };
+}
+
+/** A request as a handler sees it. Whatever costs something is made when it is asked for. */
+export interface Incoming {
+  /** Method, as it came. */
+  readonly method: string;
+  /** The request-target, as it came. */
+  readonly target: string;
+  /** The whole head as it came, in ISO-8859-1. */
+  readonly headText: string;
+  /** Path of the target, percent-decoded: as UTF-8, or in the charset in force if it is not UTF-8. */
+  readonly path: string;
+  /** Named groups of the route's pattern. */
+  readonly params: Readonly<Record<string, string>>;
+  /** Query, decoded as a form on a page in the charset in force would have encoded it. */
+  readonly query: URLSearchParams;
+  /** Host and port that the request is for, in lower case. */
+  readonly authority: string;
+  /** Address of the client, or `unix`. */
+  readonly remote: string;
+  /** Name of the charset in force: what the request selects, else what the server was told, else utf-8. */
+  readonly charset: string;
+  /** The same as the web's `Request`, for what speaks it: `({ request }) => app.fetch(request)`. */
+  readonly request: Request;
+  /** Value of a field, those of several lines joined by commas; undefined if absent. */
+  header(name: string): string | undefined;
+  /**
+   * Content of the request.
+   * @throws {HttpError} 413 if it is longer than `maxBody`, 400 if it is malformed, 408 if it does not come.
+   */
+  bytes(): Promise<Uint8Array<ArrayBuffer>>;
+  /** Content as text, in the charset that its Content-Type names; without one, detected as a file's is. */
+  text(): Promise<string>;
+  /**
+   * Content as an urlencoded form, decoded as `query` is.
+   * @throws {HttpError} 415 if it is something else.
+   */
+  form(): Promise<URLSearchParams>;
+}
+
+class IncomingRequest implements Incoming {
+  params: Readonly<Record<string, string>> = {};
+  readonly head: RequestHead;
+  readonly #server: HttpServer;
+  readonly #connection: Connection;
+  #content: Promise<Uint8Array<ArrayBuffer>> | undefined;
+  #query: URLSearchParams | undefined;
+  #request: Request | undefined;
+  #selected: string | undefined | null = null;
+
+  constructor(server: HttpServer, connection: Connection, head: RequestHead) {
+    this.#server = server;
+    this.#connection = connection;
+    this.head = head;
+  }
+
+  get method(): string {
+    return this.head.method;
+  }
+
+  get target(): string {
+    return this.head.target;
+  }
+
+  get headText(): string {
+    return this.head.text;
+  }
+
+  get path(): string {
+    const { path } = this.head;
+    return isPlain(path) ? path : percentDecodeText(path, this.charset);
+  }
+
+  get query(): URLSearchParams {
+    return this.#query ??= parseForm(this.head.query ?? "", this.charset);
+  }
+
+  get authority(): string {
+    return this.head.authority;
+  }
+
+  get remote(): string {
+    return clientOf(this.#server, this.#connection, this.head);
+  }
+
+  get charset(): string {
+    return this.selectedCharset ?? "utf-8";
+  }
+
+  /** Like `charset`, but undefined if neither request nor server select one. */
+  get selectedCharset(): string | undefined {
+    if (this.#selected === null) this.#selected = selectCharset(this.head, this.#server.settings.charset);
+    return this.#selected;
+  }
+
+  get request(): Request {
+    return this.#request ??= this.#makeRequest();
+  }
+
+  header(name: string): string | undefined {
+    return fieldValue(this.head, name.toLowerCase());
+  }
+
+  bytes(): Promise<Uint8Array<ArrayBuffer>> {
+    if (this.#content === undefined) {
+      this.#content = this.#connection.receive(this.#server.settings.maxBody);
+      this.#content.catch(() => {}); // A handler that does not wait for it leaves no rejection behind.
+    }
+    return this.#content;
+  }
+
+  async text(): Promise<string> {
+    const bytes = await this.bytes(), field = this.header("content-type") ?? "text/plain";
+    const label = /;[ \t]?charset="?([^\s";]+)/i.exec(field)?.[1]?.toLowerCase();
+    if (label !== undefined && !LABELS.includes(label)) throw new HttpError(415, `The charset "${label}" is unknown`);
+    const declared = label === undefined ? storedEncoding(bytes, essenceOf(field)) : encodingOf(label);
+    return decodeText(bytes, sniffByteOrderMark(bytes) ?? declared ?? this.charset);
+  }
+
+  async form(): Promise<URLSearchParams> {
+    if (essenceOf(this.header("content-type") ?? "") !== "application/x-www-form-urlencoded") {
+      throw new HttpError(415, "Expected a form (application/x-www-form-urlencoded)");
+    }
+    return parseForm(latin1(await this.bytes()), this.charset);
+  }
+
+  #makeRequest(): Request {
+    const { method, authority, path, query, framing } = this.head;
+    const url = `${this.#server.secure ? "https" : "http"}://${authority || "localhost"}${path}${
+      query === undefined ? "" : `?${query}`
+    }`;
+    if (!URL.canParse(url)) throw new HttpError(400, `Cannot parse Host "${authority}"`);
+    const headers = new Headers(fieldLines(this.head).map(([name, value]) => [name, value]));
+    const hasContent = framing.kind !== "none" && method !== "GET" && method !== "HEAD";
+    const body = hasContent ? ReadableStream.from(oncePromised(() => this.bytes())) : null;
+    return new Request(url, { method, headers, body });
+  }
+}
+
+async function* oncePromised<T>(make: () => Promise<T>): AsyncGenerator<T> {
+  yield await make();
+}
+
+/** First that applies: `?charset=`, Accept-Charset (RFC 9110 §12.5.2), the server's; undefined if none. */
+function selectCharset(head: RequestHead, configured: string | undefined): string | undefined {
+  const asked = head.query === undefined ? undefined : /(?:^|&)charset=([^&]+)/.exec(head.query)?.[1];
+  if (asked !== undefined) return readLabel(latin1(percentDecode(asked.replaceAll("+", " "))));
+  const accepted = fieldValue(head, "accept-charset");
+  return (accepted === undefined ? undefined : acceptedCharset(accepted, configured ?? "utf-8")) ?? configured;
+}
+
+/** Name of the encoding that a request names; throws 400. */
+function readLabel(label: string): string {
+  try {
+    return encodingOf(label);
+  } catch (error) {
+    throw new HttpError(400, (error as Error).message);
+  }
+}
+
+/** The charset of the highest quality; the preferred one, if no other is liked better; undefined if none will do. */
+function acceptedCharset(accept: string, preferred: string): string | undefined {
+  const qualities = new Map<string, number>();
+  for (const [label, quality] of parseAccept(accept)) {
+    if (label === "*") qualities.set("*", quality);
+    else if (LABELS.includes(label)) qualities.set(encodingOf(label), quality);
+  }
+  let best = preferred, most = qualities.get(preferred) ?? qualities.get("*") ?? 0;
+  for (const [encoding, quality] of qualities) {
+    if (encoding !== "*" && quality > most) [best, most] = [encoding, quality];
+  }
+  return most > 0 ? best : undefined;
+}
+
+/**
+ * An urlencoded form (URL §5.1), also from pages that are not in UTF-8: `_charset_` names their
+ * charset, else what is not UTF-8 is in the charset in force. Browsers submit `&#N;` for characters
+ * that the page's charset lacks: such a reference, and no other, is that character.
+ */
+function parseForm(encoded: string, charset: string): URLSearchParams {
+  const named = /(?:^|&)_charset_=([^&]+)/.exec(encoded)?.[1]?.toLowerCase();
+  const strict = named !== undefined && LABELS.includes(named) ? encodingOf(named) : undefined;
+  const decode = (part: string) => {
+    const spaced = part.replaceAll("+", " ");
+    const text = strict ? decodeText(percentDecode(spaced), strict) : percentDecodeText(spaced, charset);
+    return withoutReferences(text, strict ?? charset);
+  };
+  const pairs = encoded.split("&").filter((pair) => pair !== "").map((pair) => {
+    const [name, ...value] = pair.split("=");
+    return [decode(name!), decode(value.join("="))];
+  });
+  return new URLSearchParams(pairs);
+}
+
+/** Turns `&#N;` back into characters that the charset lacks. */
+function withoutReferences(text: string, encoding: string): string {
+  if (encoding.startsWith("utf") || !text.includes("&#")) return text;
+  return text.replace(/&#(\d{2,7});/g, (reference, digits) => {
+    const codePoint = Number(digits);
+    if (codePoint > 0x10ffff) return reference;
+    const character = String.fromCodePoint(codePoint);
+    return encodeText(character, encoding, "html").lost > 0 ? character : reference;
+  });
+}
+
+// ── Resource ─────────────────────────────────────────────────────────────────────────────────────
+// A target names a resource: a route that a program adds, or a file below ROOT. Nothing outside ROOT
+// has a name here.
+
+/** Answers the requests of a route. May throw {@linkcode HttpError}. */
+export type Handler = (incoming: Incoming) => Content | Promise<Content>;
+
+/**
+ * A resource: the pattern of its decoded path, what answers, and the methods it takes (default: GET).
+ * HEAD and OPTIONS need not be named.
+ */
+export type Route = readonly [pattern: RegExp, handler: Handler, methods?: readonly string[]];
+
+const KNOWN_METHODS = ["GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE", "CONNECT", "TRACE"];
+
+/** What a target turned out to name. */
+type Resource =
+  | { readonly kind: "route"; readonly handler: Handler; readonly params: Readonly<Record<string, string>> }
+  | { readonly kind: "file"; readonly file: FileFound }
+  | { readonly kind: "folder"; readonly path: string; readonly segments: readonly string[] }
+  | { readonly kind: "redirect"; readonly location: string };
+
+/** A regular file below ROOT. */
+interface FileFound {
+  /** Where it is: no part of it is a symbolic link. */
+  readonly path: string;
+  /** What it was asked for as: it decides the media type. */
+  readonly name: string;
+  /** Whether a symbolic link led there: it may lead elsewhere next time. */
+  readonly isLinked: boolean;
+  readonly size: number;
+  /** Last modification, in milliseconds. */
+  readonly time: number;
+  /** Differs between any two states of the file: last modification, last change, and size. */
+  readonly tag: string;
+  /** Changes when the file does. */
+  readonly identity: string;
+}
+
+/** Finds what a request names: the first route that fits, else a file. Throws 404, 405 or 501. */
+function locate(server: HttpServer, incoming: IncomingRequest): Resource | Promise<Resource> {
+  const { method } = incoming, allowed = new Set<string>();
+  const path = incoming.head.path === "*" ? "*" : incoming.path;
+  for (const [pattern, handler, methods = ["GET"]] of server.routes) {
+    pattern.lastIndex = 0; // Should it be global or sticky, it starts anew.
+    const match = pattern.exec(path);
+    if (match === null) continue;
+    if (methods.includes(method) || method === "HEAD" && methods.includes("GET")) {
+      return { kind: "route", handler, params: Object.freeze({ ...match.groups }) };
+    }
+    for (const each of methods) allowed.add(each);
+  }
+  if (server.root !== undefined && path !== "*") {
+    if (method === "GET" || method === "HEAD") return locateFile(server, server.root, incoming);
+    allowed.add("GET");
+  }
+  if (allowed.has("GET")) allowed.add("HEAD");
+  const allow: Field = ["Allow", [...allowed, "OPTIONS"].join(", ")];
+  if (method === "OPTIONS" && (allowed.size > 0 || path === "*")) {
+    return { kind: "route", handler: () => ({ status: 204, headers: { Allow: allow[1] } }), params: {} };
+  }
+  if (!KNOWN_METHODS.includes(method)) throw new HttpError(501, "This method is not implemented");
+  if (allowed.size === 0 && method !== "CONNECT" && method !== "TRACE") throw new HttpError(404, "Nothing is here");
+  throw new HttpError(405, "This method is not allowed here", [allow]);
+}
+
+/** ROOT: a folder, or a single file. */
+interface Root {
+  readonly path: string;
+  readonly isFile: boolean;
+}
+
+/** Finds the file, folder or redirection that a path names: read as UTF-8 first, then in the charset in force. */
+async function locateFile(server: HttpServer, root: Root, incoming: IncomingRequest): Promise<Resource> {
+  const { sourceCharset, fallback } = server.settings;
+  const charsets = ["utf-8", incoming.charset, sourceCharset === "auto" ? "utf-8" : sourceCharset];
+  for (const path of new Set(charsets.map((charset) => percentDecodeText(incoming.head.path, charset)))) {
+    const found = root.isFile
+      ? await findRootFile(root, path)
+      : await findBelow(server, root, path, incoming.head.query ?? "");
+    if (found !== undefined) return found;
+  }
+  if (fallback !== undefined) {
+    const found = await findBelow(server, root, "/" + fallback, "");
+    if (found?.kind === "file") return found;
+  }
+  throw new HttpError(404, "Nothing is here");
+}
+
+async function findRootFile(root: Root, path: string): Promise<Resource | undefined> {
+  const name = root.path.replace(/^.*[\/\\]/s, "");
+  const found = path === "/" || path === `/${name}` ? await look(root, root.path) : undefined;
+  return found?.info.isFile ? { kind: "file", file: describeFile(root.path, found) } : undefined;
+}
+
+const SEPARATOR = Deno.build.os === "windows" ? "\\" : "/";
+
+/** No file of ROOT has such a name: it climbs, is no name, or means a device on Windows. */
+const IMPOSSIBLE_NAME = Deno.build.os === "windows"
+  // deno-lint-ignore no-control-regex
+  ? /^\.\.?$|[\x00-\x1f\/\\:*?"<>|]|[. ]$|^(?:con|prn|aux|nul|conin\$|conout\$|(?:com|lpt)[\d¹²³]) *(?:\.|$)/i
+  : /^\.\.?$|[\0\/\\]/;
+
+async function findBelow(server: HttpServer, root: Root, path: string, query: string): Promise<Resource | undefined> {
+  const segments = path.split("/").filter((segment) => segment !== "");
+  if (!path.startsWith("/") || segments.some((name) => IMPOSSIBLE_NAME.test(name))) return undefined;
+  if (!server.settings.dotfiles && segments.some((name) => name.startsWith("."))) return undefined;
+  const target = [root.path, ...segments].join(SEPARATOR), isFolder = path.endsWith("/");
+  const found = await look(root, target);
+  // A link, or a short name on Windows, may stand for a name that is hidden.
+  const isHidden = found?.real.slice(root.path.length).split(SEPARATOR).some((name) => name.startsWith("."));
+  if (isHidden && !server.settings.dotfiles) return undefined;
+  if (found?.info.isFile) return isFolder ? undefined : { kind: "file", file: describeFile(target, found) };
+  if (!found?.info.isDirectory) return undefined;
+  if (!isFolder) {
+    // Made of the decoded names, so that it begins with one slash and stays on this host.
+    const location = segments.map((name) => "/" + encodeURIComponent(name)).join("") + "/";
+    return { kind: "redirect", location: location + (query && "?" + latin1ToUri(query)) };
+  }
+  const index = `${target}${SEPARATOR}index.html`, foundIndex = await look(root, index);
+  if (foundIndex?.info.isFile) return { kind: "file", file: describeFile(index, foundIndex) };
+  if (server.settings.noListing) throw new HttpError(403, "This folder is not listed");
+  return { kind: "folder", path: found.real, segments };
+}
+
+/** Raw bytes of a query made fit for a Location field. */
+function latin1ToUri(text: string): string {
+  return text.replace(
+    /[^!#$%&'()*+,\-./0-9:;=?@A-Z\[\]_a-z~]/g,
+    (byte) => "%" + byte.charCodeAt(0).toString(16).toUpperCase().padStart(2, "0"),
+  );
+}
+
+/** What a path leads to. */
+interface Look {
+  /** The path without symbolic links. */
+  readonly real: string;
+  readonly info: Deno.FileInfo;
+}
+
+/** Looks at what a path leads to, if links do not lead it out of ROOT. */
+async function look(root: Root, path: string): Promise<Look | undefined> {
+  const real = await orNothing(Deno.realPath(path));
+  if (real === undefined || !isInside(root, real)) return undefined;
+  // Should a link stand there by now, it is not followed.
+  const info = await orNothing(Deno.lstat(real));
+  return info && { real, info };
+}
+
+/** Whether a path without links is ROOT or below it. */
+function isInside(root: Root, real: string): boolean {
+  return real === root.path || real.startsWith(root.path.endsWith(SEPARATOR) ? root.path : root.path + SEPARATOR);
+}
+
+/** What the file system gives; undefined for what is not there. Throws 403 or 503 for what it withholds. */
+async function orNothing<T>(attempt: Promise<T>): Promise<T | undefined> {
+  try {
+    return await attempt;
+  } catch (error) {
+    if (error instanceof Deno.errors.PermissionDenied || error instanceof Deno.errors.NotCapable) {
+      throw new HttpError(403, "The system does not let the server read this", [], { cause: error });
+    }
+    const { code } = error as { code?: string };
+    if (code === "EMFILE" || code === "ENFILE") {
+      throw new HttpError(503, "Too many files are open", [["Retry-After", "1"]]);
+    }
+    return undefined;
+  }
+}
+
+function describeFile(path: string, { real, info }: Look): FileFound {
+  const time = info.mtime?.getTime() ?? 0, { size } = info;
+  return {
+    path: real,
+    name: path.replace(/^.*[\/\\]/s, ""),
+    isLinked: real !== path,
+    size,
+    time,
+    tag: [time, info.ctime?.getTime() ?? 0, size].map((number) => number.toString(36)).join("-"),
+    identity: identityOf(info),
+  };
+}
+
+/** Two files, or two states of one, do not share this: device, inode, times and size. */
+function identityOf({ dev, ino, mtime, ctime, size }: Deno.FileInfo): string {
+  return `${dev}.${ino}.${mtime?.getTime()}.${ctime?.getTime()}.${size}`;
+}
+
+// ── Content ──────────────────────────────────────────────────────────────────────────────────────
+// What handlers return becomes a message: text in the charset in force, bytes as they are, streams as they come.
+
+/** What a handler may return. Text is sent in the charset in force; bytes are sent as they are. */
+export type Content = string | Uint8Array<ArrayBuffer> | ReadableStream<Uint8Array> | Answer | Response;
+
+/** A response, plainly. */
+export interface Answer {
+  /** Status code. @default {200} */
+  readonly status?: number;
+  /** More fields; `Content-Type` here counts as `type`. */
+  readonly headers?: Readonly<Record<string, string>>;
+  /** Media type. @default text/html for text that begins with "<", text/plain for other text, else application/octet-stream */
+  readonly type?: string;
+  /** Text, bytes, a stream of bytes, or a function that makes a text that shows its response's head. */
+  readonly body?: string | Uint8Array<ArrayBuffer> | AsyncIterable<Uint8Array> | ((head: string) => string);
+  /** Charset for a text, instead of the one in force, or that bytes are in: any label. */
+  readonly charset?: string;
+  /** What `Content-Type` claims instead of that charset; `none` claims nothing. */
+  readonly declare?: string;
+  /** What to write for characters that the charset lacks. */
+  readonly unmappable?: Unmappable | "auto";
+  /** It depends on nothing but the request's head, and may be kept for equal ones. */
+  readonly constant?: boolean;
+}
+
+/**
+ * Content that is made piece by piece: `read` yields the bytes of a part, each piece good until the next is
+ * asked for. It may want to see the response's head.
+ */
+interface Stream {
+  /** In bytes, if it is known. */
+  readonly length: number | undefined;
+  /** Its pieces may be long in coming: the head does not wait for the first. */
+  readonly isLive?: boolean;
+  /** Called when it will not be read. */
+  readonly cancel?: () => unknown;
+  readonly read: (start?: number, end?: number, head?: string) => AsyncIterable<Uint8Array>;
+}
+
+/** Makes the response to a located request. */
+function represent(
+  server: HttpServer,
+  incoming: IncomingRequest,
+  known: KnownHead,
+  resource: Resource,
+): Message | Promise<Message> {
+  switch (resource.kind) {
+    case "route": {
+      incoming.params = resource.params;
+      const content = resource.handler(incoming);
+      return content instanceof Promise
+        ? content.then((content) => representAnew(server, incoming, known, content))
+        : representAnew(server, incoming, known, content);
+    }
+    case "redirect":
+      return representContent(server, incoming, {
+        status: 301,
+        headers: { Location: resource.location },
+        body: `<p>See <a href="${escapeMarkup(resource.location)}">${escapeMarkup(resource.location)}</a>`,
+      });
+    case "folder":
+      return listFolder(server, incoming, resource).then((answer) => representContent(server, incoming, answer));
+    case "file":
+      return representFile(server, incoming, resource.file);
+  }
+}
+
+/** What a handler returned, as a response: that of the last time, if to an equal head it says the same text again. */
+function representAnew(
+  server: HttpServer,
+  incoming: IncomingRequest,
+  known: KnownHead,
+  content: Content,
+): Message | Promise<Message> {
+  if (typeof content !== "string" || content.length > REPEATABLE_LIMIT) {
+    return representContent(server, incoming, content);
+  }
+  if (content === known.said?.text) return known.said.message;
+  const message = representContent(server, incoming, content);
+  const remember = (message: Message) => {
+    if (isWhole(message)) known.said = { text: content, message };
+    return message;
+  };
+  return message instanceof Promise ? message.then(remember) : remember(message);
+}
+
+/** Fields that are the server's own: framing is not left to handlers (RFC 9112 §6). */
+const FRAMING_FIELDS: ReadonlySet<string> = new Set([
+  "content-length",
+  "transfer-encoding",
+  "connection",
+  "keep-alive",
+  "upgrade",
+  "date",
+]);
+
+/** The fields that a handler gives, without framing and Content-Type. Throws if one would break the head apart. */
+function handlerFields(headers: Readonly<Record<string, string>>): Field[] {
+  return Object.entries(headers).map(([name, value]) => checkField(name, value))
+    .filter(([name]) => !FRAMING_FIELDS.has(name.toLowerCase()) && name.toLowerCase() !== "content-type");
+}
+
+/** A field that is one line, whatever a handler put into it (RFC 9110 §5.5: response splitting). */
+function checkField(name: string, value: string): Field {
+  if (TOKEN.test(name) && /^[\t\x20-\x7e\x80-\xff]*$/.test(value)) return [name, value];
+  throw new TypeError(`Cannot send field "${name}": "${value}"`);
+}
+
+/** What a handler returned, as a response. */
+function representContent(server: HttpServer, incoming: IncomingRequest, content: Content): Message | Promise<Message> {
+  if (typeof content === "string") return representText(server, incoming, {}, defaultType(content), content, []);
+  if (content instanceof Response) return representResponse(content);
+  const isBody = content instanceof Uint8Array || content instanceof ReadableStream;
+  const answer: Answer = isBody ? { body: content } : content;
+  const { status = 200, headers = {}, body = "" } = answer, fields = handlerFields(headers);
+  if (!Number.isInteger(status) || status < 200 || status > 599) throw new TypeError(`Cannot send status ${status}`);
+  const named = Object.entries(headers).find(([name]) => name.toLowerCase() === "content-type")?.[1];
+  const type = answer.type ?? (named && essenceOf(named)) ?? defaultType(body);
+  if (typeof body === "string") return representText(server, incoming, answer, type, body, fields);
+  const charset = answer.charset && encodingOf(answer.charset);
+  fields.push(
+    checkField("Content-Type", named ?? contentType(type, charset, answer.declare ?? server.settings.declare)),
+  );
+  if (body instanceof Uint8Array) return { status, fields, content: body, charset };
+  if (typeof body !== "function") return { status, fields, content: streamOf(body), charset };
+  const mode = unmappableFor(answer.unmappable ?? server.settings.unmappable, type);
+  const read = async function* (_start?: number, _end?: number, head = "") {
+    yield await Promise.resolve(encodeText(body(head), charset ?? incoming.charset, mode).bytes);
+  };
+  return { status, fields, content: { length: undefined, read }, charset };
+}
+
+function defaultType(body: Answer["body"]): string {
+  if (typeof body !== "string") return "application/octet-stream";
+  return /^\s*</.test(body) ? "text/html" : "text/plain";
+}
+
+/** A text, in the charset that the answer or the request selects. */
+function representText(
+  server: HttpServer,
+  incoming: IncomingRequest,
+  answer: Answer,
+  type: string,
+  text: string,
+  fields: Field[],
+): Message | Promise<Message> {
+  const { settings } = server, { status = 200 } = answer;
+  if (text === "" && (status === 204 || status === 304)) return { status, fields, content: NO_BYTES };
+  const rule = charsetRule(type), negotiable = rule === "any" && answer.charset === undefined;
+  const charset = negotiable ? incoming.charset : rule === "any" ? encodingOf(answer.charset!) : "utf-8";
+  const { bytes, lost } = encodeText(text, charset, unmappableFor(answer.unmappable ?? settings.unmappable, type));
+  fields.push(checkField("Content-Type", contentType(type, charset, answer.declare ?? settings.declare)));
+  const isCoded = fields.some(([name]) => name.toLowerCase() === "content-encoding");
+  const compressible = bytes.length >= COMPRESSION_LEAST && rule !== "none" && !isCoded;
+  if (negotiable) addVary(fields, "Accept-Charset");
+  if (compressible) addVary(fields, "Accept-Encoding");
+  const repeatable = answer.constant && bytes.length <= REPEATABLE_LIMIT;
+  const message: Message = { status, fields, content: bytes, charset, lost, ...(repeatable && { isFresh: always }) };
+  const coding = compressible ? acceptedCodings(incoming.header("accept-encoding")).find(canCompress) : undefined;
+  if (coding === undefined) return message;
+  return compress(bytes, coding)
+    .then((content) => ({ ...message, content, fields: [...fields, ["Content-Encoding", coding]] }));
+}
+
+const always = () => true;
+
+/** Adds to the names of the fields that an answer depends on (RFC 9110 §12.5.5): one line, however many say so. */
+function addVary(fields: Field[], name: string): void {
+  const at = fields.findIndex(([other]) => other.toLowerCase() === "vary");
+  if (at < 0) fields.push(["Vary", name]);
+  else fields[at] = ["Vary", `${fields[at]![1]}, ${name}`];
+}
+
+/** A stream that a handler gave: it may be endless, and is told when nobody wants it. */
+function streamOf(body: AsyncIterable<Uint8Array>): Stream {
+  const cancel = () => body instanceof ReadableStream ? body.cancel() : body[Symbol.asyncIterator]().return?.();
+  return { length: undefined, isLive: true, read: () => body, cancel };
+}
+
+/**
+ * A web-standard response: what it says of itself is kept. A body that is there as a whole gets a
+ * Content-Length, one that is still being made is passed on as it comes.
+ */
+async function representResponse({ status, headers, body }: Response): Promise<Message> {
+  const fields: Field[] = [];
+  headers.forEach((value, name) => {
+    if (!FRAMING_FIELDS.has(name)) fields.push([name, value]);
+  });
+  if (body === null) return { status, fields, content: NO_BYTES };
+  const reader = body.getReader(), first = reader.read();
+  const start = await settlesSoon(first) ? await first : undefined;
+  if (start?.done) return { status, fields, content: NO_BYTES };
+  const second = start && reader.read();
+  if (start && await settlesSoon(second!) && (await second!).done) return { status, fields, content: start.value };
+  const read = async function* () {
+    try {
+      const { done, value } = await first;
+      if (!done) yield value;
+      for (let piece = await (second ?? reader.read()); !piece.done; piece = await reader.read()) yield piece.value;
+    } finally {
+      await reader.cancel();
+    }
+  };
+  return { status, fields, content: { length: undefined, isLive: true, read, cancel: () => reader.cancel() } };
+}
+
+/** Whether a promise takes no more than a few turns of the microtask queue. */
+async function settlesSoon(promise: Promise<unknown>): Promise<boolean> {
+  let settled = false;
+  const settle = () => settled = true;
+  promise.then(settle, settle);
+  for (let turn = 0; turn < 4 && !settled; turn++) await null;
+  return settled;
+}
+
+/** `auto` writes character references where they mean the character, and question marks elsewhere. */
+function unmappableFor(mode: Unmappable | "auto", type: string): Unmappable {
+  return mode !== "auto" ? mode : MARKUP_TYPE.test(type) ? "html" : "replacement";
+}
+
+// ── Files ────────────────────────────────────────────────────────────────────────────────────────
+// One resource can be sent in many ways: in this charset or that, compressed or not. `select` picks
+// one for a request and knows all about it (type, label, validators) before anything is read;
+// `readContent` then makes its bytes. Whatever HTTP says of the resource (ETag, length, ranges) it says
+// of these bytes, as sent.
+
+/** Files up to this size are sent from memory, and compressed; larger ones stream. In bytes. */
+const BUFFERED_LIMIT = 1024 * 1024;
+/** A large file is read in pieces of this size, in bytes. */
+const PIECE_SIZE = 256 * 1024;
+/** Smallest content worth compressing, in bytes. */
+const COMPRESSION_LEAST = 1024;
+/** Longest text that is kept to answer equal requests with, in bytes. */
+const REPEATABLE_LIMIT = 4 * 1024;
+/** What the caches of files may hold, in bytes. */
+const CACHE_SIZE = 64 * 1024 * 1024;
+/** A file younger than this is not kept in memory, in milliseconds. */
+const RACY_TIME = 50;
+/** For how long a file is believed unchanged without another look, in milliseconds. */
+const STAT_INTERVAL = 10;
+
+type Coding = "br" | "gzip";
+
+/** A file as it will be sent. */
+interface Representation {
+  readonly file: FileFound;
+  /** Whose bytes are sent: the file's, or those of the compressed one beside it. */
+  readonly source: FileFound;
+  readonly type: string;
+  /** Encoding on disk; undefined if unknown, or no text. */
+  readonly stored: string | undefined;
+  /** Encoding as sent; undefined if unknown, or no text. */
+  readonly encoding: string | undefined;
+  readonly coding: Coding | undefined;
+  /** Strong (RFC 9110 §8.8.3). */
+  readonly etag: string;
+  readonly fields: readonly Field[];
+}
+
+/** A cache of things with sizes: what was longest unused goes first. */
+class Cache<V> {
+  readonly #entries = new Map<string, { readonly value: V; readonly size: number }>();
+  #free: number;
+
+  constructor(size: number) {
+    this.#free = size;
+  }
+
+  get(key: string): V | undefined {
+    const entry = this.#entries.get(key);
+    if (entry === undefined) return undefined;
+    this.#entries.delete(key);
+    this.#entries.set(key, entry);
+    return entry.value;
+  }
+
+  set(key: string, value: V, size: number): void {
+    this.delete(key);
+    // What an entry costs besides its bytes is guessed.
+    this.#entries.set(key, { value, size: size + 1024 });
+    this.#free -= size + 1024;
+    for (const oldest of this.#entries.keys()) {
+      if (this.#free >= 0) return;
+      this.delete(oldest);
+    }
+  }
+
+  delete(key: string): void {
+    this.#free += this.#entries.get(key)?.size ?? 0;
+    this.#entries.delete(key);
+  }
+}
+
+async function representFile(server: HttpServer, incoming: IncomingRequest, file: FileFound): Promise<Message> {
+  const chosen = await select(server, incoming, file);
+  if (evaluatePreconditions(incoming.head, chosen) === 304) return notModified(chosen);
+  return resolveRange(incoming.head, chosen, await readContent(server, chosen));
+}
+
+/** Which representation of a file answers a request (RFC 9110 §12.1, "proactive negotiation"). */
+async function select(server: HttpServer, incoming: IncomingRequest, file: FileFound): Promise<Representation> {
+  const { settings } = server, type = mediaTypeOf(file.name), rule = charsetRule(type);
+  const known = rule === "none" ? undefined : await storedCharset(server, file, type);
+  const wanted = rule === "any" ? incoming.selectedCharset : known?.encoding && "utf-8";
+  const stored = known?.encoding ??
+    (wanted && known && (isValid(known.sample, wanted, file.size > known.sample.length) ? wanted : "windows-1252"));
+  const encoding = rule === "none" ? undefined : wanted ?? stored;
+  const converts = encoding !== stored, compressible = rule !== "none" || COMPRESSIBLE_TYPE.test(type);
+  const { coding, source } = compressible
+    ? await selectCoding(server, incoming, file, converts)
+    : { coding: undefined, source: file };
+  const vary = [rule === "any" && "Accept-Charset", compressible && "Accept-Encoding"].filter(Boolean).join(", ");
+  const conversion = converts ? `-${stored}.${encoding}.${settings.unmappable[0]}` : "";
+  // A file written a moment ago may be written again without its times showing it: that tag must not match again.
+  const now = Date.now(), moment = now - file.time < RACY_TIME ? `-${now.toString(36)}` : "";
+  const etag = `"${file.tag}${moment}${conversion}${coding ? `-${coding}` : ""}"`;
+  const fields: Field[] = [
+    ["Content-Type", contentType(type, encoding, settings.declare)],
+    ...(coding ? [["Content-Encoding", coding] as const] : []),
+    ...(vary ? [["Vary", vary] as const] : []),
+    ["Last-Modified", formatDate(file.time)],
+    ["ETag", etag],
+    ["Cache-Control", "no-cache"],
+    ["Accept-Ranges", "bytes"],
+  ];
+  return { file, source, type, stored, encoding, coding, etag, fields };
+}
+
+/** What is known of a text file's charset. */
+interface StoredCharset {
+  readonly identity: string;
+  readonly encoding: string | undefined;
+  /** The beginning of a file whose encoding is unknown. */
+  readonly sample: Uint8Array;
+}
+
+/** Looks into a text file, once for each state of it. */
+async function storedCharset(server: HttpServer, file: FileFound, type: string): Promise<StoredCharset> {
+  const cached = server.charsets.get(file.path);
+  if (cached?.identity === file.identity) return cached;
+  const sample = await readSample(file);
+  const told = server.settings.sourceCharset;
+  const encoding = sniffByteOrderMark(sample) ??
+    (told === "auto" ? storedEncoding(sample, type, file.size > sample.length) : told);
+  const known = { identity: file.identity, encoding, sample: encoding === undefined ? sample : new Uint8Array() };
+  server.charsets.set(file.path, known, known.sample.length);
+  return known;
+}
+
+async function readSample(found: FileFound): Promise<Uint8Array<ArrayBuffer>> {
+  using file = await openFile(found);
+  const sample = new Uint8Array(Math.min(found.size, BUFFERED_LIMIT));
+  return sample.subarray(0, await readFully(file, sample));
+}
+
+/** What bytes say of their encoding: a byte-order mark, a declaration, or being valid UTF-8. */
+function storedEncoding(bytes: Uint8Array, type: string, partial = false): string | undefined {
+  return sniffByteOrderMark(bytes) ?? declaredEncoding(bytes, type) ??
+    (isValid(bytes, "utf-8", partial) ? "utf-8" : undefined);
+}
+
+/** The coding that the client likes best among those we have (RFC 9110 §12.5.3), and where its bytes come from. */
+async function selectCoding(
+  server: HttpServer,
+  incoming: IncomingRequest,
+  file: FileFound,
+  converts: boolean,
+): Promise<{ coding: Coding | undefined; source: FileFound }> {
+  const accepted = acceptedCodings(incoming.header("accept-encoding"));
+  for (const coding of converts ? [] : accepted) {
+    const path = file.path + (coding === "br" ? ".br" : ".gz");
+    const found = server.root?.isFile ? undefined : await look(server.root!, path);
+    const isFresh = found?.info.isFile && (found.info.mtime?.getTime() ?? 0) >= file.time;
+    if (isFresh) return { coding, source: describeFile(path, found) };
+  }
+  const worthwhile = file.size >= COMPRESSION_LEAST && file.size <= BUFFERED_LIMIT;
+  return { coding: worthwhile ? accepted.find(canCompress) : undefined, source: file };
+}
+
+/** Codings that a client accepts at least as gladly as the bytes as they are, best first. */
+function acceptedCodings(accept: string | undefined): Coding[] {
+  if (accept === undefined) return [];
+  const qualities = parseAccept(accept);
+  const quality = (coding: string) =>
+    qualities.get(coding) ?? (coding === "gzip" ? qualities.get("x-gzip") : undefined) ?? qualities.get("*") ?? 0;
+  const identity = qualities.get("identity") ?? 0;
+  return (["br", "gzip"] as const).filter((coding) => quality(coding) > 0 && quality(coding) >= identity)
+    .sort((a, b) => quality(b) - quality(a));
+}
+
+/** Whether this platform has the compression. */
+function canCompress(coding: Coding): boolean {
+  try {
+    new CompressionStream(COMPRESSION_FORMATS[coding]);
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+const COMPRESSION_FORMATS = { br: "brotli" as "gzip", gzip: "gzip" } as const;
+
+/** Resolves when the compression under way is done: one at a time, since it works on this thread. */
+let compressing: Promise<unknown> = Promise.resolve();
+
+function compress(bytes: Uint8Array<ArrayBuffer>, coding: Coding): Promise<Uint8Array<ArrayBuffer>> {
+  const compressed = compressing.then(async () => {
+    const { readable, writable } = new CompressionStream(COMPRESSION_FORMATS[coding]);
+    return (await Promise.all([new Response(readable).bytes(), writeAll(writable, bytes)]))[0];
+  });
+  compressing = compressed.catch(() => {});
+  return compressed;
+}
+
+/** Compression is fed in pieces of this size, in bytes. */
+const COMPRESSION_PIECE = 64 * 1024;
+
+/** Feeds a transformation in pieces, and lets others be served in between. */
+async function writeAll(stream: WritableStream<BufferSource>, bytes: Uint8Array<ArrayBuffer>): Promise<void> {
+  const writer = stream.getWriter();
+  for (let at = 0; at < bytes.length; at += COMPRESSION_PIECE) {
+    if (at > 0) await new Promise((resolve) => setTimeout(resolve));
+    await writer.write(bytes.subarray(at, at + COMPRESSION_PIECE));
+  }
+  await writer.close();
+}
+
+/** The representation's bytes as the content of a 200: a stream, or from memory, where many requests share them. */
+async function readContent(server: HttpServer, chosen: Representation): Promise<Message> {
+  const { file, source, stored, encoding, coding, fields } = chosen;
+  if (source.size > BUFFERED_LIMIT) {
+    const content = encoding === stored ? streamFile(source) : streamConverted(server, chosen);
+    return { status: 200, fields, content, charset: encoding };
+  }
+  const key = `${file.path}|${stored}|${encoding}|${coding}`, identity = `${file.identity}|${source.identity}`;
+  const cached = server.messages.get(key);
+  if (cached?.identity === identity) return await cached.message;
+  const message = loadMessage(server, chosen);
+  server.messages.set(key, { identity, message }, source.size * 3);
+  const forget = () => server.messages.delete(key);
+  // A file written a moment ago may be written again without its times showing it.
+  message.then(() => Date.now() - file.time < RACY_TIME && forget(), forget);
+  return await message;
+}
+
+async function loadMessage(server: HttpServer, chosen: Representation): Promise<WholeMessage> {
+  const { file, source, stored, encoding, coding, fields } = chosen;
+  const bytes = await readWhole(source);
+  const { bytes: converted, lost } = encoding === stored ? { bytes, lost: 0 } : convert(server, chosen, bytes);
+  const content = coding !== undefined && source === file ? await compress(converted, coding) : converted;
+  const isSettled = Date.now() - file.time > RACY_TIME && !file.isLinked && !source.isLinked;
+  return {
+    status: 200,
+    fields,
+    content,
+    charset: encoding,
+    lost,
+    ...(isSettled && { isFresh: freshness(file, source) }),
+  };
+}
+
+/** Decodes, corrects the declaration inside, encodes. */
+function convert(server: HttpServer, chosen: Representation, bytes: Uint8Array): Encoded {
+  const text = decodeText(bytes, chosen.stored!);
+  return encodeText(
+    rewriteDeclaration(text, chosen.type, chosen.encoding!),
+    chosen.encoding!,
+    unmappableFor(server.settings.unmappable, chosen.type),
+  );
+}
+
+/** Whether a cached file is still what is on disk; looks at most once in a while. */
+function freshness(...files: FileFound[]): (now: number) => boolean {
+  let looked = Date.now();
+  return (now) => {
+    if (now - looked < STAT_INTERVAL && now >= looked) return true;
+    looked = now;
+    try {
+      return files.every(({ path, identity }) => identityOf(Deno.lstatSync(path)) === identity);
+    } catch {
+      return false; // The long way finds out why.
+    }
+  };
+}
+
+/** Opens a file that was found; it must still be that file, and still be reached without a link. */
+async function openFile({ path, identity }: FileFound): Promise<Deno.FsFile> {
+  const file = await orNothing(Deno.open(path));
+  if (file === undefined) throw new HttpError(404, "Nothing is here any more");
+  const same = identityOf(await file.stat()) === identity && await orNothing(Deno.realPath(path)) === path;
+  if (same) return file;
+  file.close();
+  throw fileChanged();
+}
+
+/** Reads until the buffer is full or the file ends. Returns how many bytes were read. */
+async function readFully(file: Deno.FsFile, buffer: Uint8Array): Promise<number> {
+  let length = 0;
+  while (length < buffer.length) {
+    const count = await file.read(buffer.subarray(length));
+    if (count === null) break;
+    length += count;
+  }
+  return length;
+}
+
+/** For a file that is no longer what was stat'ed: its length is not the promised one. */
+const fileChanged = () => new HttpError(503, "The file is being written", [["Retry-After", "1"]]);
+
+async function readWhole(found: FileFound): Promise<Uint8Array<ArrayBuffer>> {
+  using file = await openFile(found);
+  const bytes = new Uint8Array(found.size);
+  const length = await readFully(file, bytes);
+  if (length !== found.size || identityOf(await file.stat()) !== found.identity) throw fileChanged();
+  return bytes;
+}
+
+/** A large file, as it is. */
+function streamFile(source: FileFound): Stream {
+  return {
+    length: source.size,
+    async *read(start = 0, end = Infinity) {
+      using file = await openFile(source);
+      if (start > 0) await file.seek(start, Deno.SeekMode.Start);
+      const buffer = new Uint8Array(PIECE_SIZE);
+      for (let left = Math.min(end, source.size) - start; left > 0;) {
+        const piece = left < PIECE_SIZE ? buffer.subarray(0, left) : buffer;
+        const length = await readFully(file, piece), info = await file.stat();
+        // A log may grow while it is sent; what is written over is another file.
+        const isSame = info.size > source.size || info.size === source.size && info.mtime?.getTime() === source.time;
+        if (length < piece.length || !isSame) throw fileChanged();
+        left -= length;
+        yield piece;
+      }
+    },
+  };
+}
+
+/** A large text file, decoded and encoded piece by piece; its length is found by doing so once. */
+function streamConverted(server: HttpServer, chosen: Representation): Stream {
+  const { source, type, encoding } = chosen, mode = unmappableFor(server.settings.unmappable, type);
+  async function* convertAll() {
+    const decoder = new TextDecoder(chosen.stored), carry: Carry = { state: ASCII, isLast: false };
+    let first = true;
+    for await (const piece of streamFile(source).read()) {
+      const text = decoder.decode(piece, { stream: true });
+      yield encodeText(first ? rewriteDeclaration(text, type, encoding!) : text, encoding!, mode, carry).bytes;
+      first = false;
+    }
+    carry.isLast = true;
+    yield encodeText(decoder.decode(), encoding!, mode, carry).bytes;
+  }
+  return {
+    length: undefined,
+    async *read(start = 0, end = Infinity) {
+      let at = 0;
+      for await (const piece of convertAll()) {
+        const part = piece.subarray(Math.max(0, start - at), Math.max(0, end - at));
+        at += piece.length;
+        if (part.length > 0) yield part;
+        if (at >= end) return;
+      }
+    },
+  };
+}
+
+// ── Preconditions and ranges ─────────────────────────────────────────────────────────────────────
+// A client that has a copy asks "only if it changed", one that has a part asks for the rest, and one
+// that wants to overwrite asks "only if nobody else did". The order of the questions is the RFC's.
+
+/** RFC 9110 §13.2.2. Returns 200 or 304; throws 412. */
+function evaluatePreconditions(head: RequestHead, { etag, file }: Representation): 200 | 304 {
+  // HTTP dates have no milliseconds.
+  const modified = Math.trunc(file.time / 1000) * 1000;
+  const reads = head.method === "GET" || head.method === "HEAD";
+  const ifMatch = fieldValue(head, "if-match"), ifNoneMatch = fieldValue(head, "if-none-match");
+  const unmodifiedSince = parseDate(fieldValue(head, "if-unmodified-since") ?? "");
+  const modifiedSince = parseDate(fieldValue(head, "if-modified-since") ?? "");
+  // A date that is no date is ignored: comparing with NaN is false.
+  const changed = ifMatch !== undefined ? !matchesTag(ifMatch, etag, "strong") : modified > unmodifiedSince;
+  if (changed) throw new HttpError(412, "The file is not the one you mean", [["ETag", etag]]);
+  const has = ifNoneMatch !== undefined ? matchesTag(ifNoneMatch, etag, "weak") : reads && modified <= modifiedSince;
+  if (!has) return 200;
+  if (reads) return 304;
+  throw new HttpError(412, "The file exists", [["ETag", etag]]);
+}
+
+/** Whether a list of entity tags has this one (RFC 9110 §8.8.3.2). */
+function matchesTag(list: string, etag: string, comparison: "strong" | "weak"): boolean {
+  if (list === "*") return true;
+  return [...list.matchAll(/(W\/)?("[\x21\x23-\x7e\x80-\xff]*")/g)]
+    .some(([, weak, tag]) => tag === etag && !(weak && comparison === "strong"));
+}
+
+/** RFC 9110 §15.4.5: the fields that a cache needs, no content. */
+function notModified({ fields, encoding }: Representation): Message {
+  const kept = fields.filter(([name]) => /^(?:ETag|Cache-Control|Vary|Last-Modified)$/.test(name));
+  return { status: 304, fields: kept, content: NO_BYTES, charset: encoding };
+}
+
+/** Most ranges of one request; more get the whole (RFC 9110 §17.15). */
+const RANGE_LIMIT = 16;
+
+/** A part of the content: from `start` up to, not including, `end`. */
+interface ByteRange {
+  readonly start: number;
+  readonly end: number;
+}
+
+/**
+ * The byte ranges of a Range field (RFC 9110 §14.1.2) that `length` bytes can satisfy: several, none
+ * (416), or undefined if the field is to be ignored: malformed, another unit, or a flood.
+ */
+function parseRange(value: string, length: number): ByteRange[] | undefined {
+  const set = /^bytes=(?<ranges>[\d\-, \t]+)$/i.exec(value)?.groups?.ranges;
+  const ranges: ByteRange[] = [], specs = set === undefined ? [] : parseList(set);
+  if (specs.length === 0 || specs.length > RANGE_LIMIT) return undefined;
+  for (const spec of specs) {
+    const [, first, last] = /^(\d{0,15})-(\d{0,15})$/.exec(spec) ?? [];
+    if (first === undefined || last === undefined || first + last === "") return undefined;
+    const isSuffix = first === "", start = isSuffix ? Math.max(0, length - Number(last)) : Number(first);
+    const end = isSuffix || last === "" ? length : Math.min(length, Number(last) + 1);
+    if (!isSuffix && last !== "" && Number(last) < start) return undefined;
+    if (start < end) ranges.push({ start, end });
+  }
+  // Ranges that overlap ask for more than there is.
+  const sorted = ranges.toSorted((a, b) => a.start - b.start);
+  return sorted.some(({ start }, i) => i > 0 && start < sorted[i - 1]!.end) ? undefined : ranges;
+}
+
+/** The part of the content that a Range field asks for (RFC 9110 §14.2): 206, 416, or the whole. */
+async function resolveRange(head: RequestHead, { etag, file, type }: Representation, whole: Message): Promise<Message> {
+  const asked = head.method === "GET" ? fieldValue(head, "range") : undefined;
+  const condition = fieldValue(head, "if-range");
+  if (asked === undefined || !/^bytes=/i.test(asked)) return whole;
+  if (condition !== undefined && condition !== etag && condition !== formatDate(file.time)) return whole;
+  const length = whole.content.length ?? await measureStream(whole.content as Stream);
+  const ranges = parseRange(asked, length);
+  if (ranges === undefined) return whole;
+  if (ranges.length === 0) {
+    throw new HttpError(416, "No byte of the file is in that range", [["Content-Range", `bytes */${length}`]]);
+  }
+  const parts = ranges.map(({ start, end }) => ({
+    start,
+    end,
+    field: ["Content-Range", `bytes ${start}-${end - 1}/${length}`] as const,
+  }));
+  const rest = { status: 206, charset: whole.charset };
+  const [only] = parts;
+  if (parts.length === 1) {
+    return { ...rest, fields: [...whole.fields, only!.field], content: slice(whole.content, [only!]) };
+  }
+  // RFC 9110 §14.6: each part has its own head, and the boundary stands in no part.
+  const boundary = crypto.randomUUID();
+  const partType = whole.fields.find(([name]) => name === "Content-Type")?.[1] ?? type;
+  const pieces = parts.flatMap((part) => [
+    latin1Bytes(`\r\n--${boundary}\r\nContent-Type: ${partType}\r\n${part.field.join(": ")}\r\n\r\n`),
+    part,
+  ]);
+  const fields = whole.fields.filter(([name]) => name !== "Content-Type");
+  return {
+    ...rest,
+    fields: [["Content-Type", `multipart/byteranges; boundary=${boundary}`], ...fields],
+    content: slice(whole.content, [...pieces, latin1Bytes(`\r\n--${boundary}--\r\n`)]),
+  };
+}
+
+async function measureStream(content: Stream): Promise<number> {
+  let length = 0;
+  for await (const piece of content.read()) length += piece.length;
+  return length;
+}
+
+/** Content made of parts of other content, and of bytes between them. */
+function slice(content: Uint8Array | Stream, parts: readonly (ByteRange | Uint8Array)[]): Uint8Array | Stream {
+  if (content instanceof Uint8Array) {
+    return concat(parts.map((part) => part instanceof Uint8Array ? part : content.subarray(part.start, part.end)));
+  }
+  return {
+    length: parts.reduce((sum, part) => sum + (part instanceof Uint8Array ? part.length : part.end - part.start), 0),
+    async *read() {
+      for (const part of parts) {
+        if (part instanceof Uint8Array) yield part;
+        else yield* content.read(part.start, part.end);
+      }
+    },
+  };
+}
+
+// ── Response ─────────────────────────────────────────────────────────────────────────────────────
+// What the stages before have decided becomes bytes. One function writes heads.
+
+/** A response, ready but for what depends on the connection. */
+interface Message {
+  readonly status: number;
+  readonly fields: readonly Field[];
+  readonly content: Uint8Array | Stream;
+  /** The charset it is sent in, for the log. */
+  readonly charset?: string | undefined;
+  /** How many characters the charset lacked. */
+  readonly lost?: number;
+  /** Present if the message may answer equal requests again, as long as this says so. */
+  readonly isFresh?: (now: number) => boolean;
+  /** Such a message as bytes, good for the second that its Date names. */
+  ready?: { [persistent: string]: { readonly bytes: Uint8Array; readonly second: number } };
+}
+
+const NO_BYTES = new Uint8Array();
+const CONTINUE = new TextEncoder().encode("HTTP/1.1 100 Continue\r\n\r\n");
+
+/** A response's head (RFC 9112 §4, RFC 9110 §6.6, §8.6). `head` is undefined if the request's could not be read. */
+function formatHead(server: HttpServer, message: Message, head: RequestHead | undefined, persistent: boolean): string {
+  const { status, fields, content } = message;
+  let text = `HTTP/1.1 ${status} ${REASONS[status] ?? ""}\r\nDate: ${server.date()}\r\n`;
+  for (const [name, value] of fields) {
+    if (!server.ownFields.has(name.toLowerCase())) text += `${name}: ${value}\r\n`;
+  }
+  text += server.extraHead;
+  // HTTP/1.0 knows no chunks: there the end of the connection is the end.
+  if (!hasNoContent(status)) {
+    if (content.length !== undefined) text += `Content-Length: ${content.length}\r\n`;
+    else if (head?.minor === 1) text += "Transfer-Encoding: chunked\r\n";
+  }
+  if (!persistent) text += "Connection: close\r\n";
+  else if (head?.minor === 0) text += "Connection: keep-alive\r\n";
+  return text + "\r\n";
+}
+
+/** Statuses whose responses end with their head (RFC 9112 §6.3). */
+function hasNoContent(status: number): boolean {
+  return status === 204 || status === 304;
+}
+
+/** A message whose content is bytes. */
+type WholeMessage = Message & { readonly content: Uint8Array };
+
+function isWhole(message: Message): message is WholeMessage {
+  return message.content instanceof Uint8Array;
+}
+
+/** Head and content in one piece, for one write. */
+function compose(
+  server: HttpServer,
+  message: WholeMessage,
+  head: RequestHead | undefined,
+  persistent: boolean,
+  isHead: boolean = head?.method === "HEAD",
+): Uint8Array {
+  const text = formatHead(server, message, head, persistent);
+  server.log.wire(text, ">");
+  const length = isHead || hasNoContent(message.status) ? 0 : message.content.length;
+  const bytes = allocate(text.length + length);
+  writeLatin1(text, bytes);
+  if (length > 0) bytes.set(message.content, text.length);
+  return bytes;
+}
+
+/** Writes a response whose content is made on the way. */
+async function writeStream(
+  server: HttpServer,
+  connection: Connection,
+  message: Message & { content: Stream },
+  head: RequestHead,
+): Promise<void> {
+  const { content, status } = message, isBare = head.method === "HEAD" || hasNoContent(status);
+  const chunked = content.length === undefined && head.minor === 1;
+  if (content.length === undefined && !chunked) connection.close(false);
+  const text = formatHead(server, message, head, persists(server, connection, head));
+  server.log.wire(text, ">");
+  let before: Uint8Array = latin1Bytes(text), sent = 0;
+  if (isBare) await content.cancel?.();
+  else {
+    // The head leaves with the first piece, if that is not long in coming: when it cannot be had, an error
+    // page can still be sent.
+    const pieces = content.read(0, Infinity, text)[Symbol.asyncIterator]();
+    try {
+      const first = pieces.next();
+      if (content.isLive && !await settlesSoon(first)) {
+        connection.midway = true;
+        await connection.write(before);
+        before = NO_BYTES;
+      }
+      for (let piece = await first; !piece.done; piece = await pieces.next()) {
+        if (piece.value.length === 0) continue;
+        connection.midway = true;
+        await connection.write(framePiece(before, piece.value, chunked));
+        before = NO_BYTES;
+        sent += piece.value.length;
+      }
+    } finally {
+      await pieces.return?.();
+    }
+    if (chunked) before = concat([before, LAST_CHUNK]);
+  }
+  await connection.write(before);
+  connection.midway = false;
+  server.log.access(clientOf(server, connection, head), head, message, sent);
+}
+
+/** A piece of content with what stands before it, as a chunk if it is to be one (RFC 9112 §7.1). */
+function framePiece(before: Uint8Array, piece: Uint8Array, chunked: boolean): Uint8Array {
+  if (chunked) return concat([before, latin1Bytes(`${piece.length.toString(16)}\r\n`), piece, CRLF]);
+  return before.length === 0 ? piece : concat([before, piece]);
+}
+
+const CRLF = new TextEncoder().encode("\r\n"), LAST_CHUNK = new TextEncoder().encode("0\r\n\r\n");
+
+// ── Charset ──────────────────────────────────────────────────────────────────────────────────────
 // A charset is a rule that turns characters into bytes. The platform decodes all of them and encodes
 // only UTF-8, so an encoder is made from the platform's decoder when it is first needed: decode every
 // byte sequence, note which character came out, and look characters up in what was noted.
@@ -1124,6 +2410,9 @@ function parseChunkSize(line: string): number {
 // An encoder is not quite its decoder turned round, and each exception is written down where it is
 // made: sequences that are read but never written, characters with several sequences, characters
 // written without being read back (Encoding §9 to §14).
+
+/** What to do with a character that a charset lacks, in the words of Encoding §4.1 ("error mode"). */
+export type Unmappable = "html" | "replacement" | "fatal";
 
 /** Every label of the Encoding Standard §4.2, but those of "replacement", which encode nothing. */
 const LABELS = `
@@ -1577,1790 +2866,8 @@ function isPlain(text: string): boolean {
   return !/[%\x80-\xff]/.test(text);
 }
 
-// ── Media types ─────────────────────────────────────────────────────────────────────────────────
-// What a thing is follows from the end of its name; what charset it may have, from what it is.
-
-const MEDIA_TYPES: ReadonlyMap<string, string> = new Map(
-  `text/html html htm shtml; text/plain txt text log conf ini; text/markdown md markdown; text/css css
-  text/csv csv; text/tab-separated-values tsv; text/calendar ics; text/vcard vcf; text/vtt vtt
-  text/x-c c h cc cpp hpp; text/x-python py; text/x-shellscript sh; text/x-diff diff patch; text/x-tex tex
-  text/javascript js mjs cjs; application/json json map; application/ld+json jsonld
-  application/manifest+json webmanifest; application/geo+json geojson; application/wasm wasm
-  application/xml xml xsl xsd; application/xhtml+xml xhtml xht; application/rss+xml rss
-  application/atom+xml atom; application/mathml+xml mathml; application/toml toml; application/yaml yaml yml
-  application/x-subrip srt; image/svg+xml svg; image/png png; image/jpeg jpg jpeg; image/gif gif
-  image/webp webp; image/avif avif; image/bmp bmp; image/tiff tif tiff; image/vnd.microsoft.icon ico
-  image/apng apng; image/jxl jxl; image/heic heic; audio/mpeg mp3; audio/ogg ogg oga opus; audio/wav wav
-  audio/flac flac; audio/mp4 m4a; audio/aac aac; audio/midi mid midi; audio/webm weba; video/mp4 mp4 m4v
-  video/webm webm; video/ogg ogv; video/quicktime mov; video/x-msvideo avi; video/x-matroska mkv
-  video/mpeg mpeg mpg; video/mp2t ts; application/vnd.apple.mpegurl m3u8; font/woff woff; font/woff2 woff2
-  font/ttf ttf; font/otf otf; font/collection ttc; application/pdf pdf; application/rtf rtf
-  application/epub+zip epub; application/zip zip; application/gzip gz tgz; application/x-bzip2 bz2
-  application/x-xz xz; application/zstd zst; application/x-tar tar; application/x-7z-compressed 7z
-  application/vnd.rar rar; application/java-archive jar; application/msword doc
-  application/vnd.ms-excel xls; application/vnd.ms-powerpoint ppt
-  application/vnd.openxmlformats-officedocument.wordprocessingml.document docx
-  application/vnd.openxmlformats-officedocument.spreadsheetml.sheet xlsx
-  application/vnd.openxmlformats-officedocument.presentationml.presentation pptx
-  application/vnd.oasis.opendocument.text odt; application/vnd.oasis.opendocument.spreadsheet ods
-  application/sql sql; application/x-sh csh`
-    .split(/[;\n]/).map((row) => row.trim().split(" "))
-    .flatMap(([type, ...extensions]) => extensions.map((extension) => [extension, type!] as const)),
-);
-
-/** Media type of a file, by its name. */
-function mediaTypeOf(name: string): string {
-  const extension = /\.([^.]+)$/.exec(name)?.[1]?.toLowerCase();
-  return (extension && MEDIA_TYPES.get(extension)) || "application/octet-stream";
-}
-
-/** UTF-8 by definition (RFC 8259 §8.1, HTML, WebVTT, app manifests), or safest so: scripts. */
-const UTF8_TYPE =
-  /^(?:text\/(?:javascript|vtt|event-stream)|application\/(?:json|javascript|ecmascript|toml|yaml)|[^;]+\+json)$/;
-/** Text that may be in any charset, and says in which. */
-const TEXT_TYPE = /^(?:text\/.*|application\/(?:xml|sql|x-subrip|x-sh)|[^;]+\+xml)$/;
-/** Types whose Content-Type has no charset parameter by definition. */
-const UNLABELLED_TYPE = /json$|^text\/event-stream$|^application\/(?:toml|yaml)$/;
-const MARKUP_TYPE = /^text\/html$|xml$/;
-const COMPRESSIBLE_TYPE =
-  /^(?:application\/(?:wasm|rtf)|font\/(?:ttf|otf|collection)|image\/(?:bmp|vnd\.microsoft\.icon)|audio\/midi)$/;
-
-/** Which charsets a type may be in: any, UTF-8 alone, or none, since it is no text. */
-function charsetRule(type: string): "any" | "utf-8" | "none" {
-  return UTF8_TYPE.test(type) ? "utf-8" : TEXT_TYPE.test(type) ? "any" : "none";
-}
-
-/** The one place that makes a Content-Type. A `declare` of "none" claims nothing. */
-function contentType(type: string, charset: string | undefined, declare: string | undefined): string {
-  const claimed = charsetRule(type) === "none"
-    ? undefined
-    : declare ?? (UNLABELLED_TYPE.test(type) ? undefined : charset);
-  return claimed === undefined || claimed === "none" ? type : `${type};charset=${claimed}`;
-}
-
-/** Where a document declares its charset within itself, and the label there. */
-const DECLARATIONS: readonly (readonly [type: RegExp, declaration: RegExp])[] = [
-  [/^text\/html$/, /(?<before><meta\b[^>]*?\bcharset\s*=\s*["']?)(?<label>[^\s"'\/>;]+)/i],
-  [/xml$/, /^(?<before>\uFEFF?<\?xml\s[^>]*?\bencoding\s*=\s*["'])(?<label>[^\s"'>]+)/],
-  [/^text\/css$/, /^(?<before>\uFEFF?@charset ")(?<label>[^"]*)(?=";)/],
-];
-/** How far a declaration may be from the beginning, in bytes (HTML §13.2.3.2). */
-const DECLARATION_LIMIT = 1024;
-
-/** The place of the declaration for documents of that type; comments do not count. */
-function findDeclaration(text: string, type: string): RegExpExecArray | undefined {
-  const head = text.slice(0, DECLARATION_LIMIT).replace(/<!--.*?(?:-->|$)/gs, (comment) => " ".repeat(comment.length));
-  for (const [types, declaration] of DECLARATIONS) {
-    const match = types.test(type) ? declaration.exec(head) : null;
-    if (match !== null) return match;
-  }
-  return undefined;
-}
-
-/** The encoding that a document declares within itself; undefined if none, or none that exists. */
-function declaredEncoding(bytes: Uint8Array, type: string): string | undefined {
-  const label = findDeclaration(latin1(bytes.subarray(0, DECLARATION_LIMIT)), type)?.groups?.label;
-  if (label === undefined || !LABELS.includes(label.toLowerCase())) return undefined;
-  const encoding = encodingOf(label);
-  // HTML §13.2.3.2: whoever can read the declaration as ASCII is not reading UTF-16.
-  return encoding.startsWith("utf-16") ? "utf-8" : encoding === "x-user-defined" ? "windows-1252" : encoding;
-}
-
-/** A document after conversion: what it declares is now the truth. */
-function rewriteDeclaration(text: string, type: string, encoding: string): string {
-  const match = findDeclaration(text, type);
-  if (match === undefined) return text;
-  const { before, label } = match.groups as { before: string; label: string };
-  const at = match.index + before.length;
-  return text.slice(0, at) + encoding + text.slice(at + label.length);
-}
-
-// ── Resource ────────────────────────────────────────────────────────────────────────────────────
-// A target names a resource: a route that a program adds, or a file below ROOT. Nothing outside ROOT
-// has a name here.
-
-/** What a handler may return. Text is sent in the charset in force; bytes are sent as they are. */
-export type Content = string | Uint8Array<ArrayBuffer> | ReadableStream<Uint8Array> | Answer | Response;
-
-/** A response, plainly. */
-export interface Answer {
-  /** Status code. @default {200} */
-  readonly status?: number;
-  /** More fields; `Content-Type` here counts as `type`. */
-  readonly headers?: Readonly<Record<string, string>>;
-  /** Media type. @default text/html for text that begins with "<", text/plain for other text, else application/octet-stream */
-  readonly type?: string;
-  /** Text, bytes, a stream of bytes, or a function that makes a text that shows its response's head. */
-  readonly body?: string | Uint8Array<ArrayBuffer> | AsyncIterable<Uint8Array> | ((head: string) => string);
-  /** Charset for a text, instead of the one in force, or that bytes are in: any label. */
-  readonly charset?: string;
-  /** What `Content-Type` claims instead of that charset; `none` claims nothing. */
-  readonly declare?: string;
-  /** What to write for characters that the charset lacks. */
-  readonly unmappable?: Unmappable | "auto";
-  /** It depends on nothing but the request's head, and may be kept for equal ones. */
-  readonly constant?: boolean;
-}
-
-/** Answers the requests of a route. May throw {@linkcode HttpError}. */
-export type Handler = (incoming: Incoming) => Content | Promise<Content>;
-
-/**
- * A resource: the pattern of its decoded path, what answers, and the methods it takes (default: GET).
- * HEAD and OPTIONS need not be named.
- */
-export type Route = readonly [pattern: RegExp, handler: Handler, methods?: readonly string[]];
-
-/** A request as a handler sees it. Whatever costs something is made when it is asked for. */
-export interface Incoming {
-  /** Method, as it came. */
-  readonly method: string;
-  /** The request-target, as it came. */
-  readonly target: string;
-  /** The whole head as it came, in ISO-8859-1. */
-  readonly headText: string;
-  /** Path of the target, percent-decoded: as UTF-8, or in the charset in force if it is not UTF-8. */
-  readonly path: string;
-  /** Named groups of the route's pattern. */
-  readonly params: Readonly<Record<string, string>>;
-  /** Query, decoded as a form on a page in the charset in force would have encoded it. */
-  readonly query: URLSearchParams;
-  /** Host and port that the request is for, in lower case. */
-  readonly authority: string;
-  /** Address of the client, or `unix`. */
-  readonly remote: string;
-  /** Name of the charset in force: what the request selects, else what the server was told, else utf-8. */
-  readonly charset: string;
-  /** The same as the web's `Request`, for what speaks it: `({ request }) => app.fetch(request)`. */
-  readonly request: Request;
-  /** Value of a field, those of several lines joined by commas; undefined if absent. */
-  header(name: string): string | undefined;
-  /**
-   * Content of the request.
-   * @throws {HttpError} 413 if it is longer than `maxBody`, 400 if it is malformed, 408 if it does not come.
-   */
-  bytes(): Promise<Uint8Array<ArrayBuffer>>;
-  /** Content as text, in the charset that its Content-Type names; without one, detected as a file's is. */
-  text(): Promise<string>;
-  /**
-   * Content as an urlencoded form, decoded as `query` is.
-   * @throws {HttpError} 415 if it is something else.
-   */
-  form(): Promise<URLSearchParams>;
-}
-
-class IncomingRequest implements Incoming {
-  params: Readonly<Record<string, string>> = {};
-  readonly head: RequestHead;
-  readonly #server: HttpServer;
-  readonly #connection: Connection;
-  #content: Promise<Uint8Array<ArrayBuffer>> | undefined;
-  #query: URLSearchParams | undefined;
-  #request: Request | undefined;
-  #selected: string | undefined | null = null;
-
-  constructor(server: HttpServer, connection: Connection, head: RequestHead) {
-    this.#server = server;
-    this.#connection = connection;
-    this.head = head;
-  }
-
-  get method(): string {
-    return this.head.method;
-  }
-
-  get target(): string {
-    return this.head.target;
-  }
-
-  get headText(): string {
-    return this.head.text;
-  }
-
-  get path(): string {
-    const { path } = this.head;
-    return isPlain(path) ? path : percentDecodeText(path, this.charset);
-  }
-
-  get query(): URLSearchParams {
-    return this.#query ??= parseForm(this.head.query ?? "", this.charset);
-  }
-
-  get authority(): string {
-    return this.head.authority;
-  }
-
-  get remote(): string {
-    return clientOf(this.#server, this.#connection, this.head);
-  }
-
-  get charset(): string {
-    return this.selectedCharset ?? "utf-8";
-  }
-
-  /** Like `charset`, but undefined if neither request nor server select one. */
-  get selectedCharset(): string | undefined {
-    if (this.#selected === null) this.#selected = selectCharset(this.head, this.#server.settings.charset);
-    return this.#selected;
-  }
-
-  get request(): Request {
-    return this.#request ??= this.#makeRequest();
-  }
-
-  header(name: string): string | undefined {
-    return fieldValue(this.head, name.toLowerCase());
-  }
-
-  bytes(): Promise<Uint8Array<ArrayBuffer>> {
-    if (this.#content === undefined) {
-      this.#content = this.#connection.receive(this.#server.settings.maxBody);
-      this.#content.catch(() => {}); // A handler that does not wait for it leaves no rejection behind.
-    }
-    return this.#content;
-  }
-
-  async text(): Promise<string> {
-    const bytes = await this.bytes(), field = this.header("content-type") ?? "text/plain";
-    const label = /;[ \t]?charset="?([^\s";]+)/i.exec(field)?.[1]?.toLowerCase();
-    if (label !== undefined && !LABELS.includes(label)) throw new HttpError(415, `The charset "${label}" is unknown`);
-    const declared = label === undefined ? storedEncoding(bytes, essenceOf(field)) : encodingOf(label);
-    return decodeText(bytes, sniffByteOrderMark(bytes) ?? declared ?? this.charset);
-  }
-
-  async form(): Promise<URLSearchParams> {
-    if (essenceOf(this.header("content-type") ?? "") !== "application/x-www-form-urlencoded") {
-      throw new HttpError(415, "Expected a form (application/x-www-form-urlencoded)");
-    }
-    return parseForm(latin1(await this.bytes()), this.charset);
-  }
-
-  #makeRequest(): Request {
-    const { method, authority, path, query, framing } = this.head;
-    const url = `${this.#server.secure ? "https" : "http"}://${authority || "localhost"}${path}${
-      query === undefined ? "" : `?${query}`
-    }`;
-    if (!URL.canParse(url)) throw new HttpError(400, `Cannot parse Host "${authority}"`);
-    const headers = new Headers(fieldLines(this.head).map(([name, value]) => [name, value]));
-    const hasContent = framing.kind !== "none" && method !== "GET" && method !== "HEAD";
-    const body = hasContent ? ReadableStream.from(oncePromised(() => this.bytes())) : null;
-    return new Request(url, { method, headers, body });
-  }
-}
-
-async function* oncePromised<T>(make: () => Promise<T>): AsyncGenerator<T> {
-  yield await make();
-}
-
-/** First that applies: `?charset=`, Accept-Charset (RFC 9110 §12.5.2), the server's; undefined if none. */
-function selectCharset(head: RequestHead, configured: string | undefined): string | undefined {
-  const asked = head.query === undefined ? undefined : /(?:^|&)charset=([^&]+)/.exec(head.query)?.[1];
-  if (asked !== undefined) return readLabel(latin1(percentDecode(asked.replaceAll("+", " "))));
-  const accepted = fieldValue(head, "accept-charset");
-  return (accepted === undefined ? undefined : acceptedCharset(accepted, configured ?? "utf-8")) ?? configured;
-}
-
-/** Name of the encoding that a request names; throws 400. */
-function readLabel(label: string): string {
-  try {
-    return encodingOf(label);
-  } catch (error) {
-    throw new HttpError(400, (error as Error).message);
-  }
-}
-
-/** The charset of the highest quality; the preferred one, if no other is liked better; undefined if none will do. */
-function acceptedCharset(accept: string, preferred: string): string | undefined {
-  const qualities = new Map<string, number>();
-  for (const [label, quality] of parseAccept(accept)) {
-    if (label === "*") qualities.set("*", quality);
-    else if (LABELS.includes(label)) qualities.set(encodingOf(label), quality);
-  }
-  let best = preferred, most = qualities.get(preferred) ?? qualities.get("*") ?? 0;
-  for (const [encoding, quality] of qualities) {
-    if (encoding !== "*" && quality > most) [best, most] = [encoding, quality];
-  }
-  return most > 0 ? best : undefined;
-}
-
-/**
- * An urlencoded form (URL §5.1), also from pages that are not in UTF-8: `_charset_` names their
- * charset, else what is not UTF-8 is in the charset in force. Browsers submit `&#N;` for characters
- * that the page's charset lacks: such a reference, and no other, is that character.
- */
-function parseForm(encoded: string, charset: string): URLSearchParams {
-  const named = /(?:^|&)_charset_=([^&]+)/.exec(encoded)?.[1]?.toLowerCase();
-  const strict = named !== undefined && LABELS.includes(named) ? encodingOf(named) : undefined;
-  const decode = (part: string) => {
-    const spaced = part.replaceAll("+", " ");
-    const text = strict ? decodeText(percentDecode(spaced), strict) : percentDecodeText(spaced, charset);
-    return withoutReferences(text, strict ?? charset);
-  };
-  const pairs = encoded.split("&").filter((pair) => pair !== "").map((pair) => {
-    const [name, ...value] = pair.split("=");
-    return [decode(name!), decode(value.join("="))];
-  });
-  return new URLSearchParams(pairs);
-}
-
-/** Turns `&#N;` back into characters that the charset lacks. */
-function withoutReferences(text: string, encoding: string): string {
-  if (encoding.startsWith("utf") || !text.includes("&#")) return text;
-  return text.replace(/&#(\d{2,7});/g, (reference, digits) => {
-    const codePoint = Number(digits);
-    if (codePoint > 0x10ffff) return reference;
-    const character = String.fromCodePoint(codePoint);
-    return encodeText(character, encoding, "html").lost > 0 ? character : reference;
-  });
-}
-
-const KNOWN_METHODS = ["GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE", "CONNECT", "TRACE"];
-
-/** What a target turned out to name. */
-type Resource =
-  | { readonly kind: "route"; readonly handler: Handler; readonly params: Readonly<Record<string, string>> }
-  | { readonly kind: "file"; readonly file: FileFound }
-  | { readonly kind: "folder"; readonly path: string; readonly segments: readonly string[] }
-  | { readonly kind: "redirect"; readonly location: string };
-
-/** A regular file below ROOT. */
-interface FileFound {
-  /** Where it is: no part of it is a symbolic link. */
-  readonly path: string;
-  /** What it was asked for as: it decides the media type. */
-  readonly name: string;
-  /** Whether a symbolic link led there: it may lead elsewhere next time. */
-  readonly isLinked: boolean;
-  readonly size: number;
-  /** Last modification, in milliseconds. */
-  readonly time: number;
-  /** Differs between any two states of the file: last modification, last change, and size. */
-  readonly tag: string;
-  /** Changes when the file does. */
-  readonly identity: string;
-}
-
-/** Finds what a request names: the first route that fits, else a file. Throws 404, 405 or 501. */
-function locate(server: HttpServer, incoming: IncomingRequest): Resource | Promise<Resource> {
-  const { method } = incoming, allowed = new Set<string>();
-  const path = incoming.head.path === "*" ? "*" : incoming.path;
-  for (const [pattern, handler, methods = ["GET"]] of server.routes) {
-    pattern.lastIndex = 0; // Should it be global or sticky, it starts anew.
-    const match = pattern.exec(path);
-    if (match === null) continue;
-    if (methods.includes(method) || method === "HEAD" && methods.includes("GET")) {
-      return { kind: "route", handler, params: Object.freeze({ ...match.groups }) };
-    }
-    for (const each of methods) allowed.add(each);
-  }
-  if (server.root !== undefined && path !== "*") {
-    if (method === "GET" || method === "HEAD") return locateFile(server, server.root, incoming);
-    allowed.add("GET");
-  }
-  if (allowed.has("GET")) allowed.add("HEAD");
-  const allow: Field = ["Allow", [...allowed, "OPTIONS"].join(", ")];
-  if (method === "OPTIONS" && (allowed.size > 0 || path === "*")) {
-    return { kind: "route", handler: () => ({ status: 204, headers: { Allow: allow[1] } }), params: {} };
-  }
-  if (!KNOWN_METHODS.includes(method)) throw new HttpError(501, "This method is not implemented");
-  if (allowed.size === 0 && method !== "CONNECT" && method !== "TRACE") throw new HttpError(404, "Nothing is here");
-  throw new HttpError(405, "This method is not allowed here", [allow]);
-}
-
-/** ROOT: a folder, or a single file. */
-interface Root {
-  readonly path: string;
-  readonly isFile: boolean;
-}
-
-/** Finds the file, folder or redirection that a path names: read as UTF-8 first, then in the charset in force. */
-async function locateFile(server: HttpServer, root: Root, incoming: IncomingRequest): Promise<Resource> {
-  const { sourceCharset, fallback } = server.settings;
-  const charsets = ["utf-8", incoming.charset, sourceCharset === "auto" ? "utf-8" : sourceCharset];
-  for (const path of new Set(charsets.map((charset) => percentDecodeText(incoming.head.path, charset)))) {
-    const found = root.isFile
-      ? await findRootFile(root, path)
-      : await findBelow(server, root, path, incoming.head.query ?? "");
-    if (found !== undefined) return found;
-  }
-  if (fallback !== undefined) {
-    const found = await findBelow(server, root, "/" + fallback, "");
-    if (found?.kind === "file") return found;
-  }
-  throw new HttpError(404, "Nothing is here");
-}
-
-async function findRootFile(root: Root, path: string): Promise<Resource | undefined> {
-  const name = root.path.replace(/^.*[\/\\]/s, "");
-  const found = path === "/" || path === `/${name}` ? await look(root, root.path) : undefined;
-  return found?.info.isFile ? { kind: "file", file: describeFile(root.path, found) } : undefined;
-}
-
-const SEPARATOR = Deno.build.os === "windows" ? "\\" : "/";
-
-/** No file of ROOT has such a name: it climbs, is no name, or means a device on Windows. */
-const IMPOSSIBLE_NAME = Deno.build.os === "windows"
-  // deno-lint-ignore no-control-regex
-  ? /^\.\.?$|[\x00-\x1f\/\\:*?"<>|]|[. ]$|^(?:con|prn|aux|nul|conin\$|conout\$|(?:com|lpt)[\d¹²³]) *(?:\.|$)/i
-  : /^\.\.?$|[\0\/\\]/;
-
-async function findBelow(server: HttpServer, root: Root, path: string, query: string): Promise<Resource | undefined> {
-  const segments = path.split("/").filter((segment) => segment !== "");
-  if (!path.startsWith("/") || segments.some((name) => IMPOSSIBLE_NAME.test(name))) return undefined;
-  if (!server.settings.dotfiles && segments.some((name) => name.startsWith("."))) return undefined;
-  const target = [root.path, ...segments].join(SEPARATOR), isFolder = path.endsWith("/");
-  const found = await look(root, target);
-  // A link, or a short name on Windows, may stand for a name that is hidden.
-  const isHidden = found?.real.slice(root.path.length).split(SEPARATOR).some((name) => name.startsWith("."));
-  if (isHidden && !server.settings.dotfiles) return undefined;
-  if (found?.info.isFile) return isFolder ? undefined : { kind: "file", file: describeFile(target, found) };
-  if (!found?.info.isDirectory) return undefined;
-  if (!isFolder) {
-    // Made of the decoded names, so that it begins with one slash and stays on this host.
-    const location = segments.map((name) => "/" + encodeURIComponent(name)).join("") + "/";
-    return { kind: "redirect", location: location + (query && "?" + latin1ToUri(query)) };
-  }
-  const index = `${target}${SEPARATOR}index.html`, foundIndex = await look(root, index);
-  if (foundIndex?.info.isFile) return { kind: "file", file: describeFile(index, foundIndex) };
-  if (server.settings.noListing) throw new HttpError(403, "This folder is not listed");
-  return { kind: "folder", path: found.real, segments };
-}
-
-/** Raw bytes of a query made fit for a Location field. */
-function latin1ToUri(text: string): string {
-  return text.replace(
-    /[^!#$%&'()*+,\-./0-9:;=?@A-Z\[\]_a-z~]/g,
-    (byte) => "%" + byte.charCodeAt(0).toString(16).toUpperCase().padStart(2, "0"),
-  );
-}
-
-/** What a path leads to. */
-interface Look {
-  /** The path without symbolic links. */
-  readonly real: string;
-  readonly info: Deno.FileInfo;
-}
-
-/** Looks at what a path leads to, if links do not lead it out of ROOT. */
-async function look(root: Root, path: string): Promise<Look | undefined> {
-  const real = await orNothing(Deno.realPath(path));
-  if (real === undefined || !isInside(root, real)) return undefined;
-  // Should a link stand there by now, it is not followed.
-  const info = await orNothing(Deno.lstat(real));
-  return info && { real, info };
-}
-
-/** Whether a path without links is ROOT or below it. */
-function isInside(root: Root, real: string): boolean {
-  return real === root.path || real.startsWith(root.path.endsWith(SEPARATOR) ? root.path : root.path + SEPARATOR);
-}
-
-/** What the file system gives; undefined for what is not there. Throws 403 or 503 for what it withholds. */
-async function orNothing<T>(attempt: Promise<T>): Promise<T | undefined> {
-  try {
-    return await attempt;
-  } catch (error) {
-    if (error instanceof Deno.errors.PermissionDenied || error instanceof Deno.errors.NotCapable) {
-      throw new HttpError(403, "The system does not let the server read this", [], { cause: error });
-    }
-    const { code } = error as { code?: string };
-    if (code === "EMFILE" || code === "ENFILE") {
-      throw new HttpError(503, "Too many files are open", [["Retry-After", "1"]]);
-    }
-    return undefined;
-  }
-}
-
-function describeFile(path: string, { real, info }: Look): FileFound {
-  const time = info.mtime?.getTime() ?? 0, { size } = info;
-  return {
-    path: real,
-    name: path.replace(/^.*[\/\\]/s, ""),
-    isLinked: real !== path,
-    size,
-    time,
-    tag: [time, info.ctime?.getTime() ?? 0, size].map((number) => number.toString(36)).join("-"),
-    identity: identityOf(info),
-  };
-}
-
-/** Two files, or two states of one, do not share this: device, inode, times and size. */
-function identityOf({ dev, ino, mtime, ctime, size }: Deno.FileInfo): string {
-  return `${dev}.${ino}.${mtime?.getTime()}.${ctime?.getTime()}.${size}`;
-}
-
-// ── Representation ──────────────────────────────────────────────────────────────────────────────
-// One resource can be sent in many ways: in this charset or that, compressed or not. `select` picks
-// one for a request and knows all about it (type, label, validators) before anything is read;
-// `readContent` then makes its bytes. Whatever HTTP says of the resource (ETag, length, ranges) it says
-// of these bytes, as sent.
-
-/** Files up to this size are sent from memory, and compressed; larger ones stream. In bytes. */
-const BUFFERED_LIMIT = 1024 * 1024;
-/** A large file is read in pieces of this size, in bytes. */
-const PIECE_SIZE = 256 * 1024;
-/** Smallest content worth compressing, in bytes. */
-const COMPRESSION_LEAST = 1024;
-/** Longest text that is kept to answer equal requests with, in bytes. */
-const REPEATABLE_LIMIT = 4 * 1024;
-/** What the caches of files may hold, in bytes. */
-const CACHE_SIZE = 64 * 1024 * 1024;
-/** A file younger than this is not kept in memory, in milliseconds. */
-const RACY_TIME = 50;
-/** For how long a file is believed unchanged without another look, in milliseconds. */
-const STAT_INTERVAL = 10;
-
-type Coding = "br" | "gzip";
-
-/**
- * Content that is made piece by piece: `read` yields the bytes of a part, each piece good until the next is
- * asked for. It may want to see the response's head.
- */
-interface Stream {
-  /** In bytes, if it is known. */
-  readonly length: number | undefined;
-  /** Its pieces may be long in coming: the head does not wait for the first. */
-  readonly isLive?: boolean;
-  /** Called when it will not be read. */
-  readonly cancel?: () => unknown;
-  readonly read: (start?: number, end?: number, head?: string) => AsyncIterable<Uint8Array>;
-}
-
-/** A file as it will be sent. */
-interface Representation {
-  readonly file: FileFound;
-  /** Whose bytes are sent: the file's, or those of the compressed one beside it. */
-  readonly source: FileFound;
-  readonly type: string;
-  /** Encoding on disk; undefined if unknown, or no text. */
-  readonly stored: string | undefined;
-  /** Encoding as sent; undefined if unknown, or no text. */
-  readonly encoding: string | undefined;
-  readonly coding: Coding | undefined;
-  /** Strong (RFC 9110 §8.8.3). */
-  readonly etag: string;
-  readonly fields: readonly Field[];
-}
-
-/** A cache of things with sizes: what was longest unused goes first. */
-class Cache<V> {
-  readonly #entries = new Map<string, { readonly value: V; readonly size: number }>();
-  #free: number;
-
-  constructor(size: number) {
-    this.#free = size;
-  }
-
-  get(key: string): V | undefined {
-    const entry = this.#entries.get(key);
-    if (entry === undefined) return undefined;
-    this.#entries.delete(key);
-    this.#entries.set(key, entry);
-    return entry.value;
-  }
-
-  set(key: string, value: V, size: number): void {
-    this.delete(key);
-    // What an entry costs besides its bytes is guessed.
-    this.#entries.set(key, { value, size: size + 1024 });
-    this.#free -= size + 1024;
-    for (const oldest of this.#entries.keys()) {
-      if (this.#free >= 0) return;
-      this.delete(oldest);
-    }
-  }
-
-  delete(key: string): void {
-    this.#free += this.#entries.get(key)?.size ?? 0;
-    this.#entries.delete(key);
-  }
-}
-
-/** Makes the response to a located request. */
-function represent(
-  server: HttpServer,
-  incoming: IncomingRequest,
-  known: KnownHead,
-  resource: Resource,
-): Message | Promise<Message> {
-  switch (resource.kind) {
-    case "route": {
-      incoming.params = resource.params;
-      const content = resource.handler(incoming);
-      return content instanceof Promise
-        ? content.then((content) => representAnew(server, incoming, known, content))
-        : representAnew(server, incoming, known, content);
-    }
-    case "redirect":
-      return representContent(server, incoming, {
-        status: 301,
-        headers: { Location: resource.location },
-        body: `<p>See <a href="${escapeMarkup(resource.location)}">${escapeMarkup(resource.location)}</a>`,
-      });
-    case "folder":
-      return listFolder(server, incoming, resource).then((answer) => representContent(server, incoming, answer));
-    case "file":
-      return representFile(server, incoming, resource.file);
-  }
-}
-
-/** What a handler returned, as a response: that of the last time, if to an equal head it says the same text again. */
-function representAnew(
-  server: HttpServer,
-  incoming: IncomingRequest,
-  known: KnownHead,
-  content: Content,
-): Message | Promise<Message> {
-  if (typeof content !== "string" || content.length > REPEATABLE_LIMIT) {
-    return representContent(server, incoming, content);
-  }
-  if (content === known.said?.text) return known.said.message;
-  const message = representContent(server, incoming, content);
-  const remember = (message: Message) => {
-    if (isWhole(message)) known.said = { text: content, message };
-    return message;
-  };
-  return message instanceof Promise ? message.then(remember) : remember(message);
-}
-
-async function representFile(server: HttpServer, incoming: IncomingRequest, file: FileFound): Promise<Message> {
-  const chosen = await select(server, incoming, file);
-  if (evaluatePreconditions(incoming.head, chosen) === 304) return notModified(chosen);
-  return resolveRange(incoming.head, chosen, await readContent(server, chosen));
-}
-
-/** Fields that are the server's own: framing is not left to handlers (RFC 9112 §6). */
-const FRAMING_FIELDS: ReadonlySet<string> = new Set([
-  "content-length",
-  "transfer-encoding",
-  "connection",
-  "keep-alive",
-  "upgrade",
-  "date",
-]);
-
-/** The fields that a handler gives, without framing and Content-Type. Throws if one would break the head apart. */
-function handlerFields(headers: Readonly<Record<string, string>>): Field[] {
-  return Object.entries(headers).map(([name, value]) => checkField(name, value))
-    .filter(([name]) => !FRAMING_FIELDS.has(name.toLowerCase()) && name.toLowerCase() !== "content-type");
-}
-
-/** A field that is one line, whatever a handler put into it (RFC 9110 §5.5: response splitting). */
-function checkField(name: string, value: string): Field {
-  if (TOKEN.test(name) && /^[\t\x20-\x7e\x80-\xff]*$/.test(value)) return [name, value];
-  throw new TypeError(`Cannot send field "${name}": "${value}"`);
-}
-
-/** What a handler returned, as a response. */
-function representContent(server: HttpServer, incoming: IncomingRequest, content: Content): Message | Promise<Message> {
-  if (typeof content === "string") return representText(server, incoming, {}, defaultType(content), content, []);
-  if (content instanceof Response) return representResponse(content);
-  const isBody = content instanceof Uint8Array || content instanceof ReadableStream;
-  const answer: Answer = isBody ? { body: content } : content;
-  const { status = 200, headers = {}, body = "" } = answer, fields = handlerFields(headers);
-  if (!Number.isInteger(status) || status < 200 || status > 599) throw new TypeError(`Cannot send status ${status}`);
-  const named = Object.entries(headers).find(([name]) => name.toLowerCase() === "content-type")?.[1];
-  const type = answer.type ?? (named && essenceOf(named)) ?? defaultType(body);
-  if (typeof body === "string") return representText(server, incoming, answer, type, body, fields);
-  const charset = answer.charset && encodingOf(answer.charset);
-  fields.push(
-    checkField("Content-Type", named ?? contentType(type, charset, answer.declare ?? server.settings.declare)),
-  );
-  if (body instanceof Uint8Array) return { status, fields, content: body, charset };
-  if (typeof body !== "function") return { status, fields, content: streamOf(body), charset };
-  const mode = unmappableFor(answer.unmappable ?? server.settings.unmappable, type);
-  const read = async function* (_start?: number, _end?: number, head = "") {
-    yield await Promise.resolve(encodeText(body(head), charset ?? incoming.charset, mode).bytes);
-  };
-  return { status, fields, content: { length: undefined, read }, charset };
-}
-
-function defaultType(body: Answer["body"]): string {
-  if (typeof body !== "string") return "application/octet-stream";
-  return /^\s*</.test(body) ? "text/html" : "text/plain";
-}
-
-/** A text, in the charset that the answer or the request selects. */
-function representText(
-  server: HttpServer,
-  incoming: IncomingRequest,
-  answer: Answer,
-  type: string,
-  text: string,
-  fields: Field[],
-): Message | Promise<Message> {
-  const { settings } = server, { status = 200 } = answer;
-  if (text === "" && (status === 204 || status === 304)) return { status, fields, content: NO_BYTES };
-  const rule = charsetRule(type), negotiable = rule === "any" && answer.charset === undefined;
-  const charset = negotiable ? incoming.charset : rule === "any" ? encodingOf(answer.charset!) : "utf-8";
-  const { bytes, lost } = encodeText(text, charset, unmappableFor(answer.unmappable ?? settings.unmappable, type));
-  fields.push(checkField("Content-Type", contentType(type, charset, answer.declare ?? settings.declare)));
-  const isCoded = fields.some(([name]) => name.toLowerCase() === "content-encoding");
-  const compressible = bytes.length >= COMPRESSION_LEAST && rule !== "none" && !isCoded;
-  if (negotiable) addVary(fields, "Accept-Charset");
-  if (compressible) addVary(fields, "Accept-Encoding");
-  const repeatable = answer.constant && bytes.length <= REPEATABLE_LIMIT;
-  const message: Message = { status, fields, content: bytes, charset, lost, ...(repeatable && { isFresh: always }) };
-  const coding = compressible ? acceptedCodings(incoming.header("accept-encoding")).find(canCompress) : undefined;
-  if (coding === undefined) return message;
-  return compress(bytes, coding)
-    .then((content) => ({ ...message, content, fields: [...fields, ["Content-Encoding", coding]] }));
-}
-
-const always = () => true;
-
-/** Adds to the names of the fields that an answer depends on (RFC 9110 §12.5.5): one line, however many say so. */
-function addVary(fields: Field[], name: string): void {
-  const at = fields.findIndex(([other]) => other.toLowerCase() === "vary");
-  if (at < 0) fields.push(["Vary", name]);
-  else fields[at] = ["Vary", `${fields[at]![1]}, ${name}`];
-}
-
-/** A stream that a handler gave: it may be endless, and is told when nobody wants it. */
-function streamOf(body: AsyncIterable<Uint8Array>): Stream {
-  const cancel = () => body instanceof ReadableStream ? body.cancel() : body[Symbol.asyncIterator]().return?.();
-  return { length: undefined, isLive: true, read: () => body, cancel };
-}
-
-/**
- * A web-standard response: what it says of itself is kept. A body that is there as a whole gets a
- * Content-Length, one that is still being made is passed on as it comes.
- */
-async function representResponse({ status, headers, body }: Response): Promise<Message> {
-  const fields: Field[] = [];
-  headers.forEach((value, name) => {
-    if (!FRAMING_FIELDS.has(name)) fields.push([name, value]);
-  });
-  if (body === null) return { status, fields, content: NO_BYTES };
-  const reader = body.getReader(), first = reader.read();
-  const start = await settlesSoon(first) ? await first : undefined;
-  if (start?.done) return { status, fields, content: NO_BYTES };
-  const second = start && reader.read();
-  if (start && await settlesSoon(second!) && (await second!).done) return { status, fields, content: start.value };
-  const read = async function* () {
-    try {
-      const { done, value } = await first;
-      if (!done) yield value;
-      for (let piece = await (second ?? reader.read()); !piece.done; piece = await reader.read()) yield piece.value;
-    } finally {
-      await reader.cancel();
-    }
-  };
-  return { status, fields, content: { length: undefined, isLive: true, read, cancel: () => reader.cancel() } };
-}
-
-/** Whether a promise takes no more than a few turns of the microtask queue. */
-async function settlesSoon(promise: Promise<unknown>): Promise<boolean> {
-  let settled = false;
-  const settle = () => settled = true;
-  promise.then(settle, settle);
-  for (let turn = 0; turn < 4 && !settled; turn++) await null;
-  return settled;
-}
-
-/** For every page of our own: it runs no script and loads nothing, whatever its text turns out to be (CSP 3). */
-const PAGE_POLICY =
-  "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'";
-
-const PAGE_STYLE = `
-:root { color-scheme: light dark; --ink: light-dark(#1c1b1a, #ece9e4); --soft: light-dark(#5f5a54, #a9a39b); --paper: light-dark(#fdfcfa, #181716);
-  --panel: light-dark(#f4f1ec, #22201e); --line: light-dark(#d9d3ca, #3b3834); --accent: light-dark(#9a3412, #fdba74); --wrong: light-dark(#fde68a, #713f12) }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 62rem; padding: 1.5rem clamp(1rem, 4vw, 2.5rem) 4rem; color: var(--ink); background: var(--paper); font: 1rem/1.6 system-ui, sans-serif }
-h1 { font: 600 clamp(1.6rem, 5vw, 2.4rem)/1.15 Georgia, "Noto Serif", serif; margin: .5rem 0 }
-h2 { font: 600 1.25rem/1.3 Georgia, "Noto Serif", serif; margin: 2.5rem 0 .5rem }
-p { max-width: 44rem; margin: .5rem 0 } small, .soft, dt { color: var(--soft) } a { color: var(--accent) }
-code, pre, .bytes { font-family: ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace; font-size: .875rem }
-.card { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); padding: 1.25rem; background: var(--panel); border: 1px solid var(--line); border-radius: .5rem }
-.card .wide { grid-column: 1 / -1 } label { display: grid; gap: .25rem; font-weight: 600 } .search { display: flex; flex-wrap: wrap; align-items: end; gap: .75rem }
-textarea, select, input, button { font: inherit; font-weight: 400; color: inherit; width: 100%; padding: .5rem .75rem; background: var(--paper); border: 1px solid var(--soft); border-radius: .25rem }
-textarea { min-height: 5rem; resize: vertical } button { justify-self: start; width: auto; padding-inline: 1.5rem; color: var(--paper); background: var(--accent); border-color: var(--accent); font-weight: 600; cursor: pointer }
-:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
-details { margin: .5rem 0 } summary { cursor: pointer; padding: .25rem 0 } .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100% } caption { text-align: start; color: var(--soft); padding-bottom: .5rem }
-th, td { text-align: start; vertical-align: top; padding: .4rem 1rem .4rem 0; border-bottom: 1px solid var(--line) } th { font-weight: 600; white-space: nowrap } .number { text-align: end; white-space: nowrap; font-variant-numeric: tabular-nums } td time { white-space: nowrap } td.text { overflow-wrap: anywhere; min-width: 14rem }
-.char { font-size: 1.35rem; line-height: 1.2 } mark { color: inherit; background: var(--wrong); border-radius: .2em; padding: 0 .1em } .notice { padding: .75rem 1.25rem; background: var(--wrong); border-radius: .5rem }
-.greetings { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: .75rem 1.5rem; margin: 1rem 0 } .greetings dd { margin: 0 }
-nav { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem } footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line); color: var(--soft) }
-@media print { form, nav { display: none } body { max-width: none; padding: 0 } h2 { break-after: avoid } tr { break-inside: avoid } }
-`;
-
-/** A whole page. */
-function pageHtml(title: string, body: string): string {
-  return `<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>${escapeMarkup(title)}</title>
-<style>${PAGE_STYLE}</style>
-</head>
-<body>
-${body}
-</body>
-</html>
-`;
-}
-
-/** Most entries that one page of a listing shows. */
-const LISTING_PAGE = 1000;
-/** Entries that are looked at before others get their turn. */
-const LISTING_SLICE = 500;
-
-interface Entry {
-  readonly name: string;
-  readonly isFolder: boolean;
-  /** In bytes; 0 for a folder. */
-  readonly size: number;
-  /** Last modification, in milliseconds. */
-  readonly time: number;
-}
-
-/** What a listing is asked for: which names, in which order, which page. */
-interface ListingQuery {
-  readonly search: string;
-  readonly sort: "name" | "size" | "time";
-  readonly descending: boolean;
-  readonly page: number;
-}
-
-/** A folder as a page, or as JSON for those who prefer it (RFC 9110 §12.5.1). */
-async function listFolder(
-  server: HttpServer,
-  incoming: IncomingRequest,
-  { path, segments }: Resource & { kind: "folder" },
-): Promise<Answer> {
-  const { query } = incoming, sort = query.get("sort"), search = query.get("q") ?? "";
-  const asked: ListingQuery = {
-    search,
-    sort: sort === "size" || sort === "time" ? sort : "name",
-    descending: query.has("desc"),
-    page: numberParameter(query, "page", 1, 1_000_000) ?? 1,
-  };
-  const listed = await orNothing(listNames(server, path, search));
-  if (listed === undefined) throw new HttpError(404, "Nothing is here any more");
-  const shown = await describeEntries(server.root!, path, listed, asked);
-  // What is no file, or leads out of ROOT, is known only where it was looked at.
-  const count = listed.names.length > LISTING_PAGE ? listed.names.length : shown.length;
-  const headers = { Vary: "Accept", "Cache-Control": "no-cache", "Content-Security-Policy": PAGE_POLICY };
-  const accepted = parseAccept(incoming.header("accept") ?? "");
-  if ((accepted.get("application/json") ?? 0) > (accepted.get("text/html") ?? 0)) {
-    const list = shown.map(({ name, isFolder, size, time }) =>
-      isFolder
-        ? { name, type: "folder", modified: new Date(time) }
-        : { name, type: "file", size, modified: new Date(time) }
-    );
-    return { type: "application/json", headers, body: JSON.stringify(list, null, 1) + "\n" };
-  }
-  return { type: "text/html", headers, body: listingHtml(segments, shown, count, asked, query.get("charset")) };
-}
-
-/** What is in a folder: the names, sorted, and which of them are symbolic links. */
-interface Listed {
-  readonly names: string[];
-  readonly links: ReadonlySet<string>;
-}
-
-/** Names in a folder that contain what is searched for; links that lead out of ROOT are told apart later. */
-async function listNames(server: HttpServer, path: string, search: string): Promise<Listed> {
-  const names: string[] = [], links = new Set<string>(), wanted = search.normalize().toLowerCase();
-  for await (const { name, isSymlink } of Deno.readDir(path)) {
-    if (!server.settings.dotfiles && name.startsWith(".")) continue;
-    if (wanted !== "" && !name.normalize().toLowerCase().includes(wanted)) continue;
-    names.push(name);
-    if (isSymlink) links.add(name);
-  }
-  return { names: names.sort(), links };
-}
-
-/** The entries of one page. Only an order by size or time needs to look at all of them. */
-async function describeEntries(root: Root, path: string, listed: Listed, asked: ListingQuery): Promise<Entry[]> {
-  const { sort, descending, page } = asked, { names, links } = listed, first = (page - 1) * LISTING_PAGE;
-  const onPage = <T>(list: T[]) => (descending ? list.reverse() : list).slice(first, first + LISTING_PAGE);
-  const looked = sort === "name" ? onPage(names) : names, entries: Entry[] = [];
-  for (const [i, name] of looked.entries()) {
-    if (i % LISTING_SLICE === LISTING_SLICE - 1) await new Promise((resolve) => setTimeout(resolve));
-    const entry = describeEntry(root, path + SEPARATOR + name, name, links.has(name));
-    if (entry !== undefined) entries.push(entry);
-  }
-  return sort === "name" ? entries : onPage(entries.sort((a, b) => a[sort] - b[sort]));
-}
-
-/** A file or folder of a listing; undefined for what is neither, is gone, or lies outside ROOT. */
-function describeEntry(root: Root, path: string, name: string, isLink: boolean): Entry | undefined {
-  try {
-    if (isLink && !isInside(root, Deno.realPathSync(path))) return undefined;
-    const { isFile, isDirectory, size, mtime } = Deno.statSync(path);
-    if (!isFile && !isDirectory) return undefined;
-    return { name, isFolder: isDirectory, size: isDirectory ? 0 : size, time: mtime?.getTime() ?? 0 };
-  } catch {
-    return undefined;
-  }
-}
-
-function listingHtml(
-  segments: readonly string[],
-  entries: readonly Entry[],
-  count: number,
-  { search, sort, descending, page }: ListingQuery,
-  charset: string | null,
-): string {
-  const kept: Record<string, string> = charset === null ? {} : { charset };
-  const queryOf = (more: Record<string, string>) => escapeMarkup(new URLSearchParams({ ...kept, ...more }).toString());
-  const here = { ...(search && { q: search, _charset_: "utf-8" }) };
-  const order: Record<string, string> = { ...here, ...(sort !== "name" && { sort }), ...(descending && { desc: "" }) };
-  const column = (title: string, key: ListingQuery["sort"]) => {
-    const current = sort === key, turned = current && !descending;
-    const direction = current ? ` aria-sort="${descending ? "descending" : "ascending"}"` : "";
-    return `<th scope="col"${key === "size" ? ' class="number"' : ""}${direction}><a href="?${
-      queryOf({ ...here, sort: key, ...(turned && { desc: "" }) })
-    }">${title}</a>`;
-  };
-  const suffix = charset === null ? "" : `?${queryOf({})}`;
-  const crumbs = ["/", ...segments].map((name, i) => {
-    const up = segments.length - i;
-    return up === 0 ? escapeMarkup(name) : `<a href="${"../".repeat(up)}${suffix}">${escapeMarkup(name)}</a>`;
-  });
-  const rows = entries.map(({ name, isFolder, size, time }) => {
-    const slash = isFolder ? "/" : "", date = new Date(time).toISOString();
-    return `<tr><td class="text"><a href="${encodeURIComponent(name)}${slash}${suffix}" dir="auto">${
-      escapeMarkup(name)
-    }${slash}</a></td><td class="number">${
-      isFolder ? "" : `<span title="${size} bytes">${formatSize(size)}</span>`
-    }</td><td><time datetime="${date}">${date.slice(0, 16).replace("T", " ")}</time></td></tr>`;
-  });
-  const link = (number: number, text: string) =>
-    `<a href="?${queryOf({ ...order, page: String(number) })}">${text}</a>`;
-  const pages = [
-    page > 1 && link(page - 1, "Previous page"),
-    page * LISTING_PAGE < count && link(page + 1, "Next page"),
-  ];
-  const title = "/" + segments.map((name) => name + "/").join("");
-  return pageHtml(
-    title,
-    `<header><nav aria-label="Folders"><h1>${crumbs.join(" ")}</h1></nav></header>
-<main><form class="search" role="search"><input type="hidden" name="_charset_">${
-      Object.entries(kept).map(([name, value]) => `<input type="hidden" name="${name}" value="${escapeMarkup(value)}">`)
-        .join("")
-    }<label>Search <input type="search" name="q" value="${escapeMarkup(search)}"></label><button>Search</button></form>
-<p class="soft">${count} ${count === 1 ? "entry" : "entries"}${
-      search && ` with “${escapeMarkup(search)}” in the name`
-    }</p>
-<div class="scroll"><table><thead><tr>${column("Name", "name")}${column("Size", "size")}${
-      column("Modified (UTC)", "time")
-    }</thead>
-<tbody>${rows.join("\n")}</tbody></table></div>
-<nav aria-label="Pages">${pages.filter(Boolean).join(" ")}</nav></main>`,
-  );
-}
-
-/** A size for people: three digits or so. */
-function formatSize(size: number): string {
-  const power = Math.min(4, Math.floor(Math.log2(Math.max(1, size)) / 10));
-  return power === 0
-    ? `${size} B`
-    : `${(size / 1024 ** power).toPrecision(3)} ${["B", "KiB", "MiB", "GiB", "TiB"][power]}`;
-}
-
-/** Which representation of a file answers a request (RFC 9110 §12.1, "proactive negotiation"). */
-async function select(server: HttpServer, incoming: IncomingRequest, file: FileFound): Promise<Representation> {
-  const { settings } = server, type = mediaTypeOf(file.name), rule = charsetRule(type);
-  const known = rule === "none" ? undefined : await storedCharset(server, file, type);
-  const wanted = rule === "any" ? incoming.selectedCharset : known?.encoding && "utf-8";
-  const stored = known?.encoding ??
-    (wanted && known && (isValid(known.sample, wanted, file.size > known.sample.length) ? wanted : "windows-1252"));
-  const encoding = rule === "none" ? undefined : wanted ?? stored;
-  const converts = encoding !== stored, compressible = rule !== "none" || COMPRESSIBLE_TYPE.test(type);
-  const { coding, source } = compressible
-    ? await selectCoding(server, incoming, file, converts)
-    : { coding: undefined, source: file };
-  const vary = [rule === "any" && "Accept-Charset", compressible && "Accept-Encoding"].filter(Boolean).join(", ");
-  const conversion = converts ? `-${stored}.${encoding}.${settings.unmappable[0]}` : "";
-  // A file written a moment ago may be written again without its times showing it: that tag must not match again.
-  const now = Date.now(), moment = now - file.time < RACY_TIME ? `-${now.toString(36)}` : "";
-  const etag = `"${file.tag}${moment}${conversion}${coding ? `-${coding}` : ""}"`;
-  const fields: Field[] = [
-    ["Content-Type", contentType(type, encoding, settings.declare)],
-    ...(coding ? [["Content-Encoding", coding] as const] : []),
-    ...(vary ? [["Vary", vary] as const] : []),
-    ["Last-Modified", formatDate(file.time)],
-    ["ETag", etag],
-    ["Cache-Control", "no-cache"],
-    ["Accept-Ranges", "bytes"],
-  ];
-  return { file, source, type, stored, encoding, coding, etag, fields };
-}
-
-/** What is known of a text file's charset. */
-interface StoredCharset {
-  readonly identity: string;
-  readonly encoding: string | undefined;
-  /** The beginning of a file whose encoding is unknown. */
-  readonly sample: Uint8Array;
-}
-
-/** Looks into a text file, once for each state of it. */
-async function storedCharset(server: HttpServer, file: FileFound, type: string): Promise<StoredCharset> {
-  const cached = server.charsets.get(file.path);
-  if (cached?.identity === file.identity) return cached;
-  const sample = await readSample(file);
-  const told = server.settings.sourceCharset;
-  const encoding = sniffByteOrderMark(sample) ??
-    (told === "auto" ? storedEncoding(sample, type, file.size > sample.length) : told);
-  const known = { identity: file.identity, encoding, sample: encoding === undefined ? sample : new Uint8Array() };
-  server.charsets.set(file.path, known, known.sample.length);
-  return known;
-}
-
-async function readSample(found: FileFound): Promise<Uint8Array<ArrayBuffer>> {
-  using file = await openFile(found);
-  const sample = new Uint8Array(Math.min(found.size, BUFFERED_LIMIT));
-  return sample.subarray(0, await readFully(file, sample));
-}
-
-/** What bytes say of their encoding: a byte-order mark, a declaration, or being valid UTF-8. */
-function storedEncoding(bytes: Uint8Array, type: string, partial = false): string | undefined {
-  return sniffByteOrderMark(bytes) ?? declaredEncoding(bytes, type) ??
-    (isValid(bytes, "utf-8", partial) ? "utf-8" : undefined);
-}
-
-/** The coding that the client likes best among those we have (RFC 9110 §12.5.3), and where its bytes come from. */
-async function selectCoding(
-  server: HttpServer,
-  incoming: IncomingRequest,
-  file: FileFound,
-  converts: boolean,
-): Promise<{ coding: Coding | undefined; source: FileFound }> {
-  const accepted = acceptedCodings(incoming.header("accept-encoding"));
-  for (const coding of converts ? [] : accepted) {
-    const path = file.path + (coding === "br" ? ".br" : ".gz");
-    const found = server.root?.isFile ? undefined : await look(server.root!, path);
-    const isFresh = found?.info.isFile && (found.info.mtime?.getTime() ?? 0) >= file.time;
-    if (isFresh) return { coding, source: describeFile(path, found) };
-  }
-  const worthwhile = file.size >= COMPRESSION_LEAST && file.size <= BUFFERED_LIMIT;
-  return { coding: worthwhile ? accepted.find(canCompress) : undefined, source: file };
-}
-
-/** Codings that a client accepts at least as gladly as the bytes as they are, best first. */
-function acceptedCodings(accept: string | undefined): Coding[] {
-  if (accept === undefined) return [];
-  const qualities = parseAccept(accept);
-  const quality = (coding: string) =>
-    qualities.get(coding) ?? (coding === "gzip" ? qualities.get("x-gzip") : undefined) ?? qualities.get("*") ?? 0;
-  const identity = qualities.get("identity") ?? 0;
-  return (["br", "gzip"] as const).filter((coding) => quality(coding) > 0 && quality(coding) >= identity)
-    .sort((a, b) => quality(b) - quality(a));
-}
-
-/** Whether this platform has the compression. */
-function canCompress(coding: Coding): boolean {
-  try {
-    new CompressionStream(COMPRESSION_FORMATS[coding]);
-    return true;
-  } catch {
-    return false;
-  }
-}
-
-const COMPRESSION_FORMATS = { br: "brotli" as "gzip", gzip: "gzip" } as const;
-
-/** Resolves when the compression under way is done: one at a time, since it works on this thread. */
-let compressing: Promise<unknown> = Promise.resolve();
-
-function compress(bytes: Uint8Array<ArrayBuffer>, coding: Coding): Promise<Uint8Array<ArrayBuffer>> {
-  const compressed = compressing.then(async () => {
-    const { readable, writable } = new CompressionStream(COMPRESSION_FORMATS[coding]);
-    return (await Promise.all([new Response(readable).bytes(), writeAll(writable, bytes)]))[0];
-  });
-  compressing = compressed.catch(() => {});
-  return compressed;
-}
-
-/** Compression is fed in pieces of this size, in bytes. */
-const COMPRESSION_PIECE = 64 * 1024;
-
-/** Feeds a transformation in pieces, and lets others be served in between. */
-async function writeAll(stream: WritableStream<BufferSource>, bytes: Uint8Array<ArrayBuffer>): Promise<void> {
-  const writer = stream.getWriter();
-  for (let at = 0; at < bytes.length; at += COMPRESSION_PIECE) {
-    if (at > 0) await new Promise((resolve) => setTimeout(resolve));
-    await writer.write(bytes.subarray(at, at + COMPRESSION_PIECE));
-  }
-  await writer.close();
-}
-
-/** The representation's bytes as the content of a 200: a stream, or from memory, where many requests share them. */
-async function readContent(server: HttpServer, chosen: Representation): Promise<Message> {
-  const { file, source, stored, encoding, coding, fields } = chosen;
-  if (source.size > BUFFERED_LIMIT) {
-    const content = encoding === stored ? streamFile(source) : streamConverted(server, chosen);
-    return { status: 200, fields, content, charset: encoding };
-  }
-  const key = `${file.path}|${stored}|${encoding}|${coding}`, identity = `${file.identity}|${source.identity}`;
-  const cached = server.messages.get(key);
-  if (cached?.identity === identity) return await cached.message;
-  const message = loadMessage(server, chosen);
-  server.messages.set(key, { identity, message }, source.size * 3);
-  const forget = () => server.messages.delete(key);
-  // A file written a moment ago may be written again without its times showing it.
-  message.then(() => Date.now() - file.time < RACY_TIME && forget(), forget);
-  return await message;
-}
-
-async function loadMessage(server: HttpServer, chosen: Representation): Promise<WholeMessage> {
-  const { file, source, stored, encoding, coding, fields } = chosen;
-  const bytes = await readWhole(source);
-  const { bytes: converted, lost } = encoding === stored ? { bytes, lost: 0 } : convert(server, chosen, bytes);
-  const content = coding !== undefined && source === file ? await compress(converted, coding) : converted;
-  const isSettled = Date.now() - file.time > RACY_TIME && !file.isLinked && !source.isLinked;
-  return {
-    status: 200,
-    fields,
-    content,
-    charset: encoding,
-    lost,
-    ...(isSettled && { isFresh: freshness(file, source) }),
-  };
-}
-
-/** Decodes, corrects the declaration inside, encodes. */
-function convert(server: HttpServer, chosen: Representation, bytes: Uint8Array): Encoded {
-  const text = decodeText(bytes, chosen.stored!);
-  return encodeText(
-    rewriteDeclaration(text, chosen.type, chosen.encoding!),
-    chosen.encoding!,
-    unmappableFor(server.settings.unmappable, chosen.type),
-  );
-}
-
-/** `auto` writes character references where they mean the character, and question marks elsewhere. */
-function unmappableFor(mode: Unmappable | "auto", type: string): Unmappable {
-  return mode !== "auto" ? mode : MARKUP_TYPE.test(type) ? "html" : "replacement";
-}
-
-/** Whether a cached file is still what is on disk; looks at most once in a while. */
-function freshness(...files: FileFound[]): (now: number) => boolean {
-  let looked = Date.now();
-  return (now) => {
-    if (now - looked < STAT_INTERVAL && now >= looked) return true;
-    looked = now;
-    try {
-      return files.every(({ path, identity }) => identityOf(Deno.lstatSync(path)) === identity);
-    } catch {
-      return false; // The long way finds out why.
-    }
-  };
-}
-
-/** Opens a file that was found; it must still be that file, and still be reached without a link. */
-async function openFile({ path, identity }: FileFound): Promise<Deno.FsFile> {
-  const file = await orNothing(Deno.open(path));
-  if (file === undefined) throw new HttpError(404, "Nothing is here any more");
-  const same = identityOf(await file.stat()) === identity && await orNothing(Deno.realPath(path)) === path;
-  if (same) return file;
-  file.close();
-  throw fileChanged();
-}
-
-/** Reads until the buffer is full or the file ends. Returns how many bytes were read. */
-async function readFully(file: Deno.FsFile, buffer: Uint8Array): Promise<number> {
-  let length = 0;
-  while (length < buffer.length) {
-    const count = await file.read(buffer.subarray(length));
-    if (count === null) break;
-    length += count;
-  }
-  return length;
-}
-
-/** For a file that is no longer what was stat'ed: its length is not the promised one. */
-const fileChanged = () => new HttpError(503, "The file is being written", [["Retry-After", "1"]]);
-
-async function readWhole(found: FileFound): Promise<Uint8Array<ArrayBuffer>> {
-  using file = await openFile(found);
-  const bytes = new Uint8Array(found.size);
-  const length = await readFully(file, bytes);
-  if (length !== found.size || identityOf(await file.stat()) !== found.identity) throw fileChanged();
-  return bytes;
-}
-
-/** A large file, as it is. */
-function streamFile(source: FileFound): Stream {
-  return {
-    length: source.size,
-    async *read(start = 0, end = Infinity) {
-      using file = await openFile(source);
-      if (start > 0) await file.seek(start, Deno.SeekMode.Start);
-      const buffer = new Uint8Array(PIECE_SIZE);
-      for (let left = Math.min(end, source.size) - start; left > 0;) {
-        const piece = left < PIECE_SIZE ? buffer.subarray(0, left) : buffer;
-        const length = await readFully(file, piece), info = await file.stat();
-        // A log may grow while it is sent; what is written over is another file.
-        const isSame = info.size > source.size || info.size === source.size && info.mtime?.getTime() === source.time;
-        if (length < piece.length || !isSame) throw fileChanged();
-        left -= length;
-        yield piece;
-      }
-    },
-  };
-}
-
-/** A large text file, decoded and encoded piece by piece; its length is found by doing so once. */
-function streamConverted(server: HttpServer, chosen: Representation): Stream {
-  const { source, type, encoding } = chosen, mode = unmappableFor(server.settings.unmappable, type);
-  async function* convertAll() {
-    const decoder = new TextDecoder(chosen.stored), carry: Carry = { state: ASCII, isLast: false };
-    let first = true;
-    for await (const piece of streamFile(source).read()) {
-      const text = decoder.decode(piece, { stream: true });
-      yield encodeText(first ? rewriteDeclaration(text, type, encoding!) : text, encoding!, mode, carry).bytes;
-      first = false;
-    }
-    carry.isLast = true;
-    yield encodeText(decoder.decode(), encoding!, mode, carry).bytes;
-  }
-  return {
-    length: undefined,
-    async *read(start = 0, end = Infinity) {
-      let at = 0;
-      for await (const piece of convertAll()) {
-        const part = piece.subarray(Math.max(0, start - at), Math.max(0, end - at));
-        at += piece.length;
-        if (part.length > 0) yield part;
-        if (at >= end) return;
-      }
-    },
-  };
-}
-
-// ── Preconditions and ranges ────────────────────────────────────────────────────────────────────
-// A client that has a copy asks "only if it changed", one that has a part asks for the rest, and one
-// that wants to overwrite asks "only if nobody else did". The order of the questions is the RFC's.
-
-/** RFC 9110 §13.2.2. Returns 200 or 304; throws 412. */
-function evaluatePreconditions(head: RequestHead, { etag, file }: Representation): 200 | 304 {
-  // HTTP dates have no milliseconds.
-  const modified = Math.trunc(file.time / 1000) * 1000;
-  const reads = head.method === "GET" || head.method === "HEAD";
-  const ifMatch = fieldValue(head, "if-match"), ifNoneMatch = fieldValue(head, "if-none-match");
-  const unmodifiedSince = parseDate(fieldValue(head, "if-unmodified-since") ?? "");
-  const modifiedSince = parseDate(fieldValue(head, "if-modified-since") ?? "");
-  // A date that is no date is ignored: comparing with NaN is false.
-  const changed = ifMatch !== undefined ? !matchesTag(ifMatch, etag, "strong") : modified > unmodifiedSince;
-  if (changed) throw new HttpError(412, "The file is not the one you mean", [["ETag", etag]]);
-  const has = ifNoneMatch !== undefined ? matchesTag(ifNoneMatch, etag, "weak") : reads && modified <= modifiedSince;
-  if (!has) return 200;
-  if (reads) return 304;
-  throw new HttpError(412, "The file exists", [["ETag", etag]]);
-}
-
-/** Whether a list of entity tags has this one (RFC 9110 §8.8.3.2). */
-function matchesTag(list: string, etag: string, comparison: "strong" | "weak"): boolean {
-  if (list === "*") return true;
-  return [...list.matchAll(/(W\/)?("[\x21\x23-\x7e\x80-\xff]*")/g)]
-    .some(([, weak, tag]) => tag === etag && !(weak && comparison === "strong"));
-}
-
-/** RFC 9110 §15.4.5: the fields that a cache needs, no content. */
-function notModified({ fields, encoding }: Representation): Message {
-  const kept = fields.filter(([name]) => /^(?:ETag|Cache-Control|Vary|Last-Modified)$/.test(name));
-  return { status: 304, fields: kept, content: NO_BYTES, charset: encoding };
-}
-
-/** Most ranges of one request; more get the whole (RFC 9110 §17.15). */
-const RANGE_LIMIT = 16;
-
-/** A part of the content: from `start` up to, not including, `end`. */
-interface ByteRange {
-  readonly start: number;
-  readonly end: number;
-}
-
-/**
- * The byte ranges of a Range field (RFC 9110 §14.1.2) that `length` bytes can satisfy: several, none
- * (416), or undefined if the field is to be ignored: malformed, another unit, or a flood.
- */
-function parseRange(value: string, length: number): ByteRange[] | undefined {
-  const set = /^bytes=(?<ranges>[\d\-, \t]+)$/i.exec(value)?.groups?.ranges;
-  const ranges: ByteRange[] = [], specs = set === undefined ? [] : parseList(set);
-  if (specs.length === 0 || specs.length > RANGE_LIMIT) return undefined;
-  for (const spec of specs) {
-    const [, first, last] = /^(\d{0,15})-(\d{0,15})$/.exec(spec) ?? [];
-    if (first === undefined || last === undefined || first + last === "") return undefined;
-    const isSuffix = first === "", start = isSuffix ? Math.max(0, length - Number(last)) : Number(first);
-    const end = isSuffix || last === "" ? length : Math.min(length, Number(last) + 1);
-    if (!isSuffix && last !== "" && Number(last) < start) return undefined;
-    if (start < end) ranges.push({ start, end });
-  }
-  // Ranges that overlap ask for more than there is.
-  const sorted = ranges.toSorted((a, b) => a.start - b.start);
-  return sorted.some(({ start }, i) => i > 0 && start < sorted[i - 1]!.end) ? undefined : ranges;
-}
-
-/** The part of the content that a Range field asks for (RFC 9110 §14.2): 206, 416, or the whole. */
-async function resolveRange(head: RequestHead, { etag, file, type }: Representation, whole: Message): Promise<Message> {
-  const asked = head.method === "GET" ? fieldValue(head, "range") : undefined;
-  const condition = fieldValue(head, "if-range");
-  if (asked === undefined || !/^bytes=/i.test(asked)) return whole;
-  if (condition !== undefined && condition !== etag && condition !== formatDate(file.time)) return whole;
-  const length = whole.content.length ?? await measureStream(whole.content as Stream);
-  const ranges = parseRange(asked, length);
-  if (ranges === undefined) return whole;
-  if (ranges.length === 0) {
-    throw new HttpError(416, "No byte of the file is in that range", [["Content-Range", `bytes */${length}`]]);
-  }
-  const parts = ranges.map(({ start, end }) => ({
-    start,
-    end,
-    field: ["Content-Range", `bytes ${start}-${end - 1}/${length}`] as const,
-  }));
-  const rest = { status: 206, charset: whole.charset };
-  const [only] = parts;
-  if (parts.length === 1) {
-    return { ...rest, fields: [...whole.fields, only!.field], content: slice(whole.content, [only!]) };
-  }
-  // RFC 9110 §14.6: each part has its own head, and the boundary stands in no part.
-  const boundary = crypto.randomUUID();
-  const partType = whole.fields.find(([name]) => name === "Content-Type")?.[1] ?? type;
-  const pieces = parts.flatMap((part) => [
-    latin1Bytes(`\r\n--${boundary}\r\nContent-Type: ${partType}\r\n${part.field.join(": ")}\r\n\r\n`),
-    part,
-  ]);
-  const fields = whole.fields.filter(([name]) => name !== "Content-Type");
-  return {
-    ...rest,
-    fields: [["Content-Type", `multipart/byteranges; boundary=${boundary}`], ...fields],
-    content: slice(whole.content, [...pieces, latin1Bytes(`\r\n--${boundary}--\r\n`)]),
-  };
-}
-
-async function measureStream(content: Stream): Promise<number> {
-  let length = 0;
-  for await (const piece of content.read()) length += piece.length;
-  return length;
-}
-
-/** Content made of parts of other content, and of bytes between them. */
-function slice(content: Uint8Array | Stream, parts: readonly (ByteRange | Uint8Array)[]): Uint8Array | Stream {
-  if (content instanceof Uint8Array) {
-    return concat(parts.map((part) => part instanceof Uint8Array ? part : content.subarray(part.start, part.end)));
-  }
-  return {
-    length: parts.reduce((sum, part) => sum + (part instanceof Uint8Array ? part.length : part.end - part.start), 0),
-    async *read() {
-      for (const part of parts) {
-        if (part instanceof Uint8Array) yield part;
-        else yield* content.read(part.start, part.end);
-      }
-    },
-  };
-}
-
-// ── Response ────────────────────────────────────────────────────────────────────────────────────
-// What the stages before have decided becomes bytes. One function writes heads.
-
-/** A response, ready but for what depends on the connection. */
-interface Message {
-  readonly status: number;
-  readonly fields: readonly Field[];
-  readonly content: Uint8Array | Stream;
-  /** The charset it is sent in, for the log. */
-  readonly charset?: string | undefined;
-  /** How many characters the charset lacked. */
-  readonly lost?: number;
-  /** Present if the message may answer equal requests again, as long as this says so. */
-  readonly isFresh?: (now: number) => boolean;
-  /** Such a message as bytes, good for the second that its Date names. */
-  ready?: { [persistent: string]: { readonly bytes: Uint8Array; readonly second: number } };
-}
-
-const NO_BYTES = new Uint8Array();
-const CONTINUE = latin1Bytes("HTTP/1.1 100 Continue\r\n\r\n");
-
-/** A response's head (RFC 9112 §4, RFC 9110 §6.6, §8.6). `head` is undefined if the request's could not be read. */
-function formatHead(server: HttpServer, message: Message, head: RequestHead | undefined, persistent: boolean): string {
-  const { status, fields, content } = message;
-  let text = `HTTP/1.1 ${status} ${REASONS[status] ?? ""}\r\nDate: ${server.date()}\r\n`;
-  for (const [name, value] of fields) {
-    if (!server.ownFields.has(name.toLowerCase())) text += `${name}: ${value}\r\n`;
-  }
-  text += server.extraHead;
-  // HTTP/1.0 knows no chunks: there the end of the connection is the end.
-  if (!hasNoContent(status)) {
-    if (content.length !== undefined) text += `Content-Length: ${content.length}\r\n`;
-    else if (head?.minor === 1) text += "Transfer-Encoding: chunked\r\n";
-  }
-  if (!persistent) text += "Connection: close\r\n";
-  else if (head?.minor === 0) text += "Connection: keep-alive\r\n";
-  return text + "\r\n";
-}
-
-/** Statuses whose responses end with their head (RFC 9112 §6.3). */
-function hasNoContent(status: number): boolean {
-  return status === 204 || status === 304;
-}
-
-/** A message whose content is bytes. */
-type WholeMessage = Message & { readonly content: Uint8Array };
-
-function isWhole(message: Message): message is WholeMessage {
-  return message.content instanceof Uint8Array;
-}
-
-/** Head and content in one piece, for one write. */
-function compose(
-  server: HttpServer,
-  message: WholeMessage,
-  head: RequestHead | undefined,
-  persistent: boolean,
-  isHead: boolean = head?.method === "HEAD",
-): Uint8Array {
-  const text = formatHead(server, message, head, persistent);
-  server.log.wire(text, ">");
-  const length = isHead || hasNoContent(message.status) ? 0 : message.content.length;
-  const bytes = allocate(text.length + length);
-  writeLatin1(text, bytes);
-  if (length > 0) bytes.set(message.content, text.length);
-  return bytes;
-}
-
-/** Writes a response whose content is made on the way. */
-async function writeStream(
-  server: HttpServer,
-  connection: Connection,
-  message: Message & { content: Stream },
-  head: RequestHead,
-): Promise<void> {
-  const { content, status } = message, isBare = head.method === "HEAD" || hasNoContent(status);
-  const chunked = content.length === undefined && head.minor === 1;
-  if (content.length === undefined && !chunked) connection.close(false);
-  const text = formatHead(server, message, head, persists(server, connection, head));
-  server.log.wire(text, ">");
-  let before: Uint8Array = latin1Bytes(text), sent = 0;
-  if (isBare) await content.cancel?.();
-  else {
-    // The head leaves with the first piece, if that is not long in coming: when it cannot be had, an error
-    // page can still be sent.
-    const pieces = content.read(0, Infinity, text)[Symbol.asyncIterator]();
-    try {
-      const first = pieces.next();
-      if (content.isLive && !await settlesSoon(first)) {
-        connection.midway = true;
-        await connection.write(before);
-        before = NO_BYTES;
-      }
-      for (let piece = await first; !piece.done; piece = await pieces.next()) {
-        if (piece.value.length === 0) continue;
-        connection.midway = true;
-        await connection.write(framePiece(before, piece.value, chunked));
-        before = NO_BYTES;
-        sent += piece.value.length;
-      }
-    } finally {
-      await pieces.return?.();
-    }
-    if (chunked) before = concat([before, LAST_CHUNK]);
-  }
-  await connection.write(before);
-  connection.midway = false;
-  server.log.access(clientOf(server, connection, head), head, message, sent);
-}
-
-/** A piece of content with what stands before it, as a chunk if it is to be one (RFC 9112 §7.1). */
-function framePiece(before: Uint8Array, piece: Uint8Array, chunked: boolean): Uint8Array {
-  if (chunked) return concat([before, latin1Bytes(`${piece.length.toString(16)}\r\n`), piece, CRLF]);
-  return before.length === 0 ? piece : concat([before, piece]);
-}
-
-const CRLF = latin1Bytes("\r\n"), LAST_CHUNK = latin1Bytes("0\r\n\r\n");
-
-// ── The lab ─────────────────────────────────────────────────────────────────────────────────────
-// What is served without ROOT: a page to look at charsets with, and their bytes for programs. The page
-// has no script and may run none: under a false label any text could turn into markup.
-
-const LAB_ROUTES: readonly Route[] = [
-  [/^\/$/, labPage],
-  [/^\/text$/, textFixture, ["GET", "POST"]],
-  [/^\/diagnose$/, describeDiagnosis],
-  [/^\/charsets$/, describeCharsets],
-];
-
-const GREETINGS: readonly (readonly [language: string, code: string, greeting: string])[] = [
-  ["English", "en", "Hello, world"],
-  ["简体中文", "zh-Hans", "你好，世界"],
-  ["繁體中文", "zh-Hant", "您好，世界"],
-  ["日本語", "ja", "こんにちは、世界"],
-  ["한국어", "ko", "안녕하세요"],
-  ["Русский", "ru", "Привет, мир"],
-  ["Українська", "uk", "Привіт, світе"],
-  ["Ελληνικά", "el", "Γειά σου, Κόσμε"],
-  ["עברית", "he", "שלום עולם"],
-  ["العربية", "ar", "مرحبا بالعالم"],
-  ["ไทย", "th", "สวัสดีชาวโลก"],
-  ["Tiếng Việt", "vi", "Xin chào thế giới"],
-  ["Türkçe", "tr", "Günaydın dünya, şeker"],
-  ["Polski", "pl", "Dzień dobry, świecie"],
-  ["Français", "fr", "Ça va, cœur ?"],
-  ["Cymraeg", "cy", "Ŵyn a ŷd"],
-  ["Latviešu", "lv", "Sveika, pasaulē"],
-  ["Íslenska", "is", "Góðan daginn, þú"],
-  ["Esperanto", "eo", "Saluton, ĉiu ĝojo"],
-  ["हिन्दी", "hi", "नमस्ते दुनिया"],
-  ["Emoji", "zxx", "👋🌍"],
-];
-
-/** Charsets whose texts are taken for another's most often: they are shown first. */
-const USUAL_SUSPECTS = [
-  "utf-8",
-  "windows-1252",
-  "gbk",
-  "big5",
-  "shift_jis",
-  "euc-jp",
-  "euc-kr",
-  "windows-1251",
-  "koi8-r",
-  "utf-16le",
-];
-/** Most characters that the tables of the page show. */
-const SHOWN_CHARACTERS = 48;
-
-/** `GET /`: the page. It shows the head of its own response, so its text is made when that is known. */
-function labPage(incoming: Incoming): Answer {
-  const { query, charset } = incoming, declare = readParameter(query, "declare", label);
-  const text = query.get("text") ?? sampleOf(charset).split(" / ")[1] ?? "Hello";
-  return {
-    type: "text/html",
-    charset,
-    ...(declare && { declare }),
-    headers: { "Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-store" },
-    body: (head) => labHtml({ text, charset, declare, requestHead: incoming.headText, responseHead: head }),
-  };
-}
-
-/** What the page is about. */
-interface Experiment {
-  readonly text: string;
-  readonly charset: string;
-  readonly declare: string | undefined;
-  readonly requestHead: string;
-  readonly responseHead: string;
-}
-
-function labHtml(experiment: Experiment): string {
-  const { text, charset, declare } = experiment;
-  const falsely = declare !== undefined && declare !== "none" &&
-    !(LABELS.includes(declare) && encodingOf(declare) === charset);
-  return pageHtml(
-    `charserve: ${charset}`,
-    `<header>
-<h1>The charset lab</h1>
-<p>This page was sent in <strong>${charset}</strong>${
-      falsely ? ` and declared as <strong>${escapeMarkup(declare)}</strong>` : ""
-    }. Text is bytes, and a name for the rule that reads them; when the name is wrong, the text is garbled.</p>
-${
-      declare === undefined
-        ? ""
-        : `<p class="notice"><a href="?${labQuery({ text, charset })}">Declare the true charset again</a></p>`
-    }
-</header>
-<main>
-${labForm(experiment)}
-${labCharacters(text, charset)}
-${labReadings(text, charset)}
-${labDiagnosis(text)}
-<section aria-labelledby="greetings"><h2 id="greetings">Greetings</h2>
-<p>What ${charset} lacks was sent as a character reference: you can read it, but it costs up to eight times the bytes.</p>
-<dl class="greetings">${
-      GREETINGS.map(([language, code, greeting]) =>
-        `<div><dt>${language}</dt><dd lang="${code}"><bdi>${greeting}</bdi></dd></div>`
-      ).join("\n")
-    }</dl></section>
-${labWire(experiment)}
-</main>
-<footer><p>For programs: <a href="text?${
-      labQuery({ text, charset })
-    }">this text alone</a>, <a href="charsets">all charsets as JSON</a>.</p></footer>`,
-  );
-}
-
-/** A query of the page, in the form that is read whatever the charset. */
-function labQuery(parameters: Readonly<Record<string, string>>): string {
-  return escapeMarkup(new URLSearchParams({ ...parameters, _charset_: "utf-8" }).toString());
-}
-
-function labForm({ text, charset, declare }: Experiment): string {
-  const options = (chosen: string | undefined) =>
-    [...encodings().keys()].map((name) => `<option${name === chosen ? " selected" : ""}>${name}</option>`).join("");
-  return `<form class="card" action="./" aria-label="Experiment">
-<input type="hidden" name="_charset_">
-<label class="wide">Text <textarea name="text" rows="3" spellcheck="false">\n${escapeMarkup(text)}</textarea></label>
-<label>Sent in <select name="charset">${options(charset)}</select></label>
-<label>Declared as <select name="declare"><option value="">the truth</option><option value="none"${
-    declare === "none" ? " selected" : ""
-  }>nothing</option>${options(declare)}</select></label>
-<button class="wide">Send it</button>
-</form>`;
-}
-
-/** The characters of a text, at most `SHOWN_CHARACTERS`. */
-function shownCharacters(text: string): string[] {
-  return Array.from(text.toWellFormed().slice(0, SHOWN_CHARACTERS * 2)).slice(0, SHOWN_CHARACTERS);
-}
-
-function labCharacters(text: string, charset: string): string {
-  const rows = shownCharacters(text).map((character) => {
-    const codePoint = character.codePointAt(0)!, { bytes, lost } = encodeText(character, charset, "html");
-    const name = "U+" + codePoint.toString(16).toUpperCase().padStart(4, "0");
-    const sent = lost === 0 ? hex(bytes) : `<mark>not in ${charset}</mark>, sent as ${escapeMarkup(latin1(bytes))}`;
-    return `<tr><td class="char"><bdi>${visible(character)}</bdi></td><td><code>${name}</code></td><td>${
-      scriptOf(character)
-    }</td><td class="bytes">${sent}</td></tr>`;
-  });
-  const head =
-    `<thead><tr><th scope="col">Character<th scope="col">Code point<th scope="col">Script<th scope="col">Bytes in ${charset}</thead>`;
-  return `<section aria-labelledby="characters"><h2 id="characters">Characters and bytes</h2>
-${scrollable("characters", `${head}<tbody>${rows.join("\n")}</tbody>`)}</section>`;
-}
-
-/** A character as markup that shows it: pictures for the controls. */
-function visible(character: string): string {
-  const code = character.charCodeAt(0);
-  return code <= 0x20 ? `&#${0x2400 + code};` : code === 0x7f ? "&#x2421;" : escapeMarkup(character);
-}
-
-const SCRIPTS =
-  `Latin Han Hiragana Katakana Hangul Cyrillic Greek Arabic Hebrew Thai Devanagari Bopomofo Armenian Georgian Bengali
-  Tamil Telugu Kannada Malayalam Gujarati Gurmukhi Sinhala Khmer Lao Myanmar Tibetan Mongolian Ethiopic Cherokee Braille Yi`
-    .split(/\s+/);
-/** What else a character may be, and the property that says so. */
-const CATEGORIES =
-  `Letter:L Mark:M Digit:Nd Number:N Punctuation:P Currency:Sc Emoji:Extended_Pictographic Symbol:S Space:Z Control:Cc
-  Private_use:Co`.split(/\s+/).map((category) => category.split(":"));
-
-/** Names of kinds of characters, with the patterns that tell them. */
-const characterKinds = lazily(() => [
-  ...SCRIPTS.map((script) => [script, new RegExp(`\\p{Script=${script}}`, "u")] as const),
-  ...CATEGORIES.map(([name, property]) => [name!.replace("_", " "), new RegExp(`\\p{${property}}`, "u")] as const),
-]);
-
-/** The script of a character, or what kind it is. */
-function scriptOf(character: string): string {
-  return characterKinds().find(([, pattern]) => pattern.test(character))?.[0] ?? "Other";
-}
-
-/** How the bytes of a text read in every other charset. */
-function labReadings(text: string, charset: string): string {
-  const shown = shownCharacters(text).join(""), bytes = encode(shown, charset);
-  const others = [...encodings().keys()].filter((name) => !USUAL_SUSPECTS.includes(name));
-  const table = (names: readonly string[]) => {
-    const rows = names.filter((name) => name !== charset).map((name) => {
-      const reading = controlPictures(
-        escapeMarkup(decodeText(bytes, name)).replaceAll("\uFFFD", "<mark>&#xFFFD;</mark>"),
-      );
-      const link = `<a href="?${labQuery({ text, charset, declare: name })}">${name}</a>`;
-      return `<tr><th scope="row">${link}</th><td class="text"><bdi>${reading}</bdi></td></tr>`;
-    });
-    return scrollable(
-      "readings",
-      `<thead><tr><th scope="col">Read as<th scope="col">Text</thead><tbody>${rows.join("\n")}</tbody>`,
-    );
-  };
-  return `<section aria-labelledby="readings"><h2 id="readings">How it reads elsewhere</h2>
-<p class="bytes">${hex(bytes)}</p>
-<p>These are the bytes just sent. Whoever takes them for another charset reads this; follow a name, and your own browser does.</p>
-${table(USUAL_SUSPECTS)}<details><summary>In the ${others.length} other charsets</summary>${
-    table(others)
-  }</details></section>`;
-}
-
-/** A table that a narrow window can scroll, with the keyboard too; `label` is the id of what names it. */
-function scrollable(label: string, table: string): string {
-  return `<div class="scroll" tabindex="0" role="group" aria-labelledby="${label}"><table>${table}</table></div>`;
-}
-
-/** Control characters of a reading as pictures, so that none acts. */
-function controlPictures(text: string): string {
-  // deno-lint-ignore no-control-regex
-  return text.replace(/[\x00-\x1f]/g, (control) => `&#${0x2400 + control.charCodeAt(0)};`).replace(
-    /[\x7f-\x9f\u202a-\u202e\u2066-\u2069]/g,
-    "<mark>&#xB7;</mark>",
-  );
-}
-
-/** What the lines of a head say, for those who see one for the first time. */
-const LINE_NOTES: readonly (readonly [line: RegExp, note: string])[] = [
-  [/^[A-Z]+ \S+ HTTP\//, "the request line: method, target, version (RFC 9112 §3)"],
-  [/^HTTP\//, "the status line: version, status code, reason (RFC 9112 §4)"],
-  [/^Host:/i, "which of the sites at this address is meant (RFC 9110 §7.2)"],
-  [/^User-Agent:/i, "the program that asks (RFC 9110 §10.1.5)"],
-  [/^Accept:/i, "media types it would like (RFC 9110 §12.5.1)"],
-  [/^Accept-Charset:/i, "charsets it would like (RFC 9110 §12.5.2)"],
-  [/^Accept-Encoding:/i, "compressions it can undo (RFC 9110 §12.5.3)"],
-  [/^Accept-Language:/i, "languages its user reads (RFC 9110 §12.5.4)"],
-  [/^Connection: close/i, "the last message of this connection (RFC 9112 §9.6)"],
-  [/^Connection:/i, "wishes about this connection alone (RFC 9110 §7.6.1)"],
-  [/^Referer:/i, "the page that led here (RFC 9110 §10.1.3)"],
-  [/^Cookie:/i, "what a server of this host asked it to keep (RFC 6265 §5.4)"],
-  [/^Upgrade-Insecure-Requests:/i, "it would prefer HTTPS (Upgrade Insecure Requests §3.2)"],
-  [/^Sec-Fetch/i, "who asks, and what for (Fetch Metadata §2)"],
-  [/^Sec-CH/i, "what the browser tells of itself (RFC 8942)"],
-  [/^If-/i, "only if this holds (RFC 9110 §13.1)"],
-  [/^Cache-Control:/i, "what caches may do with it (RFC 9111 §5.2)"],
-  [/^Date:/i, "when this was said (RFC 9110 §6.6.1)"],
-  [/^Content-Type:/i, "what the content is, and the charset it is declared to be in (RFC 9110 §8.3)"],
-  [/^Content-Length:/i, "how many bytes of content follow (RFC 9110 §8.6)"],
-  [
-    /^Transfer-Encoding:/i,
-    "the content comes in chunks, each with its size: nobody knew the length when this was sent (RFC 9112 §7.1)",
-  ],
-  [/^Content-Security-Policy:/i, "no script may run here, whatever the bytes turn into (CSP 3)"],
-  [/^X-Content-Type-Options:/i, "do not guess another type (Fetch §3.6)"],
-  [/^Vary:/i, "fields of the request that the answer depended on (RFC 9110 §12.5.5)"],
-  [/^$/, "an empty line: here the head ends"],
-];
-
-function labWire({ requestHead, responseHead }: Experiment): string {
-  const table = (id: string, title: string, head: string) => {
-    const rows = head.split("\r\n").slice(0, -1).map((line) => {
-      const note = LINE_NOTES.find(([pattern]) => pattern.test(line))?.[1] ?? "";
-      return `<tr><td class="text"><code>${
-        escapeMarkup(escapeWire(line))
-      }</code></td><td><small>${note}</small></td></tr>`;
-    });
-    return scrollable(id, `<caption id="${id}">${title}</caption><tbody>${rows.join("\n")}</tbody>`);
-  };
-  return `<section aria-labelledby="wire"><h2 id="wire">On the wire</h2>
-<p>What your browser sent to get this page, and what stood before it in the answer. <code>--log wire</code> shows the same in the terminal.</p>
-${table("request-head", "The request, as it came", requestHead)}
-${table("response-head", "The response, as it went", responseHead)}</section>`;
-}
-
-/** `GET /diagnose`: what garbled a text, for programs. */
-function describeDiagnosis({ query }: Incoming): Answer {
-  return { type: "application/json", body: JSON.stringify(diagnose(query.get("text") ?? ""), null, 1) + "\n" };
-}
-
-function labDiagnosis(text: string): string {
-  const rows = diagnose(text).map(({ steps, text, lost }) => {
-    const way = steps.map(({ written, read }) => `${written} read as ${read}`).join(", then ");
-    const loss = lost === 0
-      ? ""
-      : ` <small>${lost} ${lost === 1 ? "character is" : "characters are"} lost for good</small>`;
-    const shown = controlPictures(escapeMarkup(text)).replaceAll("\uFFFD", "<mark>&#xFFFD;</mark>");
-    return `<tr><td class="text"><bdi>${shown}</bdi>${loss}</td><td>${way}</td></tr>`;
-  });
-  const head = `<thead><tr><th scope="col">It was<th scope="col">Written as, read as</thead>`;
-  return `<section aria-labelledby="diagnosis"><h2 id="diagnosis">What went wrong?</h2>
-${
-    rows.length === 0
-      ? "<p>This text looks fine as it is. Paste garbled text above to see which charsets were mixed up.</p>"
-      : `<p>If the text is garbled, this may have happened to it, likeliest first.</p>${
-        scrollable("diagnosis", `${head}<tbody>${rows.join("\n")}</tbody>`)
-      }`
-  }</section>`;
-}
-
-// What went wrong? Garbled text was written in one encoding and read as another. To find the two, undo every pair and see which
+// ── Detection ────────────────────────────────────────────────────────────────────────────────────
+// Garbled text was written in one encoding and read as another. To find the two, undo every pair and see which
 // leaves the most ordinary text. How ordinary is counted in bits, as a compressor would: common characters cost
 // few, strange ones and strange neighbours many. A pair costs bits too, few if the two are often mixed up. The
 // explanation that costs least is best; if the text as it stands costs no more, it is fine.
@@ -3652,6 +3159,596 @@ function readings(text: string): Iterable<readonly [Uint8Array<ArrayBuffer>[], s
   return found.values();
 }
 
+// ── Media types ──────────────────────────────────────────────────────────────────────────────────
+// What a thing is follows from the end of its name; what charset it may have, from what it is.
+
+const MEDIA_TYPES: ReadonlyMap<string, string> = new Map(
+  `text/html html htm shtml; text/plain txt text log conf ini; text/markdown md markdown; text/css css
+  text/csv csv; text/tab-separated-values tsv; text/calendar ics; text/vcard vcf; text/vtt vtt
+  text/x-c c h cc cpp hpp; text/x-python py; text/x-shellscript sh; text/x-diff diff patch; text/x-tex tex
+  text/javascript js mjs cjs; application/json json map; application/ld+json jsonld
+  application/manifest+json webmanifest; application/geo+json geojson; application/wasm wasm
+  application/xml xml xsl xsd; application/xhtml+xml xhtml xht; application/rss+xml rss
+  application/atom+xml atom; application/mathml+xml mathml; application/toml toml; application/yaml yaml yml
+  application/x-subrip srt; image/svg+xml svg; image/png png; image/jpeg jpg jpeg; image/gif gif
+  image/webp webp; image/avif avif; image/bmp bmp; image/tiff tif tiff; image/vnd.microsoft.icon ico
+  image/apng apng; image/jxl jxl; image/heic heic; audio/mpeg mp3; audio/ogg ogg oga opus; audio/wav wav
+  audio/flac flac; audio/mp4 m4a; audio/aac aac; audio/midi mid midi; audio/webm weba; video/mp4 mp4 m4v
+  video/webm webm; video/ogg ogv; video/quicktime mov; video/x-msvideo avi; video/x-matroska mkv
+  video/mpeg mpeg mpg; video/mp2t ts; application/vnd.apple.mpegurl m3u8; font/woff woff; font/woff2 woff2
+  font/ttf ttf; font/otf otf; font/collection ttc; application/pdf pdf; application/rtf rtf
+  application/epub+zip epub; application/zip zip; application/gzip gz tgz; application/x-bzip2 bz2
+  application/x-xz xz; application/zstd zst; application/x-tar tar; application/x-7z-compressed 7z
+  application/vnd.rar rar; application/java-archive jar; application/msword doc
+  application/vnd.ms-excel xls; application/vnd.ms-powerpoint ppt
+  application/vnd.openxmlformats-officedocument.wordprocessingml.document docx
+  application/vnd.openxmlformats-officedocument.spreadsheetml.sheet xlsx
+  application/vnd.openxmlformats-officedocument.presentationml.presentation pptx
+  application/vnd.oasis.opendocument.text odt; application/vnd.oasis.opendocument.spreadsheet ods
+  application/sql sql; application/x-sh csh`
+    .split(/[;\n]/).map((row) => row.trim().split(" "))
+    .flatMap(([type, ...extensions]) => extensions.map((extension) => [extension, type!] as const)),
+);
+
+/** Media type of a file, by its name. */
+function mediaTypeOf(name: string): string {
+  const extension = /\.([^.]+)$/.exec(name)?.[1]?.toLowerCase();
+  return (extension && MEDIA_TYPES.get(extension)) || "application/octet-stream";
+}
+
+/** UTF-8 by definition (RFC 8259 §8.1, HTML, WebVTT, app manifests), or safest so: scripts. */
+const UTF8_TYPE =
+  /^(?:text\/(?:javascript|vtt|event-stream)|application\/(?:json|javascript|ecmascript|toml|yaml)|[^;]+\+json)$/;
+/** Text that may be in any charset, and says in which. */
+const TEXT_TYPE = /^(?:text\/.*|application\/(?:xml|sql|x-subrip|x-sh)|[^;]+\+xml)$/;
+/** Types whose Content-Type has no charset parameter by definition. */
+const UNLABELLED_TYPE = /json$|^text\/event-stream$|^application\/(?:toml|yaml)$/;
+const MARKUP_TYPE = /^text\/html$|xml$/;
+const COMPRESSIBLE_TYPE =
+  /^(?:application\/(?:wasm|rtf)|font\/(?:ttf|otf|collection)|image\/(?:bmp|vnd\.microsoft\.icon)|audio\/midi)$/;
+
+/** Which charsets a type may be in: any, UTF-8 alone, or none, since it is no text. */
+function charsetRule(type: string): "any" | "utf-8" | "none" {
+  return UTF8_TYPE.test(type) ? "utf-8" : TEXT_TYPE.test(type) ? "any" : "none";
+}
+
+/** The one place that makes a Content-Type. A `declare` of "none" claims nothing. */
+function contentType(type: string, charset: string | undefined, declare: string | undefined): string {
+  const claimed = charsetRule(type) === "none"
+    ? undefined
+    : declare ?? (UNLABELLED_TYPE.test(type) ? undefined : charset);
+  return claimed === undefined || claimed === "none" ? type : `${type};charset=${claimed}`;
+}
+
+/** Where a document declares its charset within itself, and the label there. */
+const DECLARATIONS: readonly (readonly [type: RegExp, declaration: RegExp])[] = [
+  [/^text\/html$/, /(?<before><meta\b[^>]*?\bcharset\s*=\s*["']?)(?<label>[^\s"'\/>;]+)/i],
+  [/xml$/, /^(?<before>\uFEFF?<\?xml\s[^>]*?\bencoding\s*=\s*["'])(?<label>[^\s"'>]+)/],
+  [/^text\/css$/, /^(?<before>\uFEFF?@charset ")(?<label>[^"]*)(?=";)/],
+];
+/** How far a declaration may be from the beginning, in bytes (HTML §13.2.3.2). */
+const DECLARATION_LIMIT = 1024;
+
+/** The place of the declaration for documents of that type; comments do not count. */
+function findDeclaration(text: string, type: string): RegExpExecArray | undefined {
+  const head = text.slice(0, DECLARATION_LIMIT).replace(/<!--.*?(?:-->|$)/gs, (comment) => " ".repeat(comment.length));
+  for (const [types, declaration] of DECLARATIONS) {
+    const match = types.test(type) ? declaration.exec(head) : null;
+    if (match !== null) return match;
+  }
+  return undefined;
+}
+
+/** The encoding that a document declares within itself; undefined if none, or none that exists. */
+function declaredEncoding(bytes: Uint8Array, type: string): string | undefined {
+  const label = findDeclaration(latin1(bytes.subarray(0, DECLARATION_LIMIT)), type)?.groups?.label;
+  if (label === undefined || !LABELS.includes(label.toLowerCase())) return undefined;
+  const encoding = encodingOf(label);
+  // HTML §13.2.3.2: whoever can read the declaration as ASCII is not reading UTF-16.
+  return encoding.startsWith("utf-16") ? "utf-8" : encoding === "x-user-defined" ? "windows-1252" : encoding;
+}
+
+/** A document after conversion: what it declares is now the truth. */
+function rewriteDeclaration(text: string, type: string, encoding: string): string {
+  const match = findDeclaration(text, type);
+  if (match === undefined) return text;
+  const { before, label } = match.groups as { before: string; label: string };
+  const at = match.index + before.length;
+  return text.slice(0, at) + encoding + text.slice(at + label.length);
+}
+
+// ── Pages ────────────────────────────────────────────────────────────────────────────────────────
+// The pages that the server writes itself: their style, and the listings of folders.
+
+/** For every page of our own: it runs no script and loads nothing, whatever its text turns out to be (CSP 3). */
+const PAGE_POLICY =
+  "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'";
+
+const PAGE_STYLE = `
+:root { color-scheme: light dark; --ink: light-dark(#1c1b1a, #ece9e4); --soft: light-dark(#5f5a54, #a9a39b); --paper: light-dark(#fdfcfa, #181716);
+  --panel: light-dark(#f4f1ec, #22201e); --line: light-dark(#d9d3ca, #3b3834); --accent: light-dark(#9a3412, #fdba74); --wrong: light-dark(#fde68a, #713f12) }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 62rem; padding: 1.5rem clamp(1rem, 4vw, 2.5rem) 4rem; color: var(--ink); background: var(--paper); font: 1rem/1.6 system-ui, sans-serif }
+h1 { font: 600 clamp(1.6rem, 5vw, 2.4rem)/1.15 Georgia, "Noto Serif", serif; margin: .5rem 0 }
+h2 { font: 600 1.25rem/1.3 Georgia, "Noto Serif", serif; margin: 2.5rem 0 .5rem }
+p { max-width: 44rem; margin: .5rem 0 } small, .soft, dt { color: var(--soft) } a { color: var(--accent) }
+code, pre, .bytes { font-family: ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace; font-size: .875rem }
+.card { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); padding: 1.25rem; background: var(--panel); border: 1px solid var(--line); border-radius: .5rem }
+.card .wide { grid-column: 1 / -1 } label { display: grid; gap: .25rem; font-weight: 600 } .search { display: flex; flex-wrap: wrap; align-items: end; gap: .75rem }
+textarea, select, input, button { font: inherit; font-weight: 400; color: inherit; width: 100%; padding: .5rem .75rem; background: var(--paper); border: 1px solid var(--soft); border-radius: .25rem }
+textarea { min-height: 5rem; resize: vertical } button { justify-self: start; width: auto; padding-inline: 1.5rem; color: var(--paper); background: var(--accent); border-color: var(--accent); font-weight: 600; cursor: pointer }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
+details { margin: .5rem 0 } summary { cursor: pointer; padding: .25rem 0 } .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100% } caption { text-align: start; color: var(--soft); padding-bottom: .5rem }
+th, td { text-align: start; vertical-align: top; padding: .4rem 1rem .4rem 0; border-bottom: 1px solid var(--line) } th { font-weight: 600; white-space: nowrap } .number { text-align: end; white-space: nowrap; font-variant-numeric: tabular-nums } td time { white-space: nowrap } td.text { overflow-wrap: anywhere; min-width: 14rem }
+.char { font-size: 1.35rem; line-height: 1.2 } mark { color: inherit; background: var(--wrong); border-radius: .2em; padding: 0 .1em } .notice { padding: .75rem 1.25rem; background: var(--wrong); border-radius: .5rem }
+.greetings { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: .75rem 1.5rem; margin: 1rem 0 } .greetings dd { margin: 0 }
+nav { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem } footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line); color: var(--soft) }
+@media print { form, nav { display: none } body { max-width: none; padding: 0 } h2 { break-after: avoid } tr { break-inside: avoid } }
+`;
+
+/** A whole page. */
+function pageHtml(title: string, body: string): string {
+  return `<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>${escapeMarkup(title)}</title>
+<style>${PAGE_STYLE}</style>
+</head>
+<body>
+${body}
+</body>
+</html>
+`;
+}
+
+/** Most entries that one page of a listing shows. */
+const LISTING_PAGE = 1000;
+/** Entries that are looked at before others get their turn. */
+const LISTING_SLICE = 500;
+
+interface Entry {
+  readonly name: string;
+  readonly isFolder: boolean;
+  /** In bytes; 0 for a folder. */
+  readonly size: number;
+  /** Last modification, in milliseconds. */
+  readonly time: number;
+}
+
+/** What a listing is asked for: which names, in which order, which page. */
+interface ListingQuery {
+  readonly search: string;
+  readonly sort: "name" | "size" | "time";
+  readonly descending: boolean;
+  readonly page: number;
+}
+
+/** A folder as a page, or as JSON for those who prefer it (RFC 9110 §12.5.1). */
+async function listFolder(
+  server: HttpServer,
+  incoming: IncomingRequest,
+  { path, segments }: Resource & { kind: "folder" },
+): Promise<Answer> {
+  const { query } = incoming, sort = query.get("sort"), search = query.get("q") ?? "";
+  const asked: ListingQuery = {
+    search,
+    sort: sort === "size" || sort === "time" ? sort : "name",
+    descending: query.has("desc"),
+    page: numberParameter(query, "page", 1, 1_000_000) ?? 1,
+  };
+  const listed = await orNothing(listNames(server, path, search));
+  if (listed === undefined) throw new HttpError(404, "Nothing is here any more");
+  const shown = await describeEntries(server.root!, path, listed, asked);
+  // What is no file, or leads out of ROOT, is known only where it was looked at.
+  const count = listed.names.length > LISTING_PAGE ? listed.names.length : shown.length;
+  const headers = { Vary: "Accept", "Cache-Control": "no-cache", "Content-Security-Policy": PAGE_POLICY };
+  const accepted = parseAccept(incoming.header("accept") ?? "");
+  if ((accepted.get("application/json") ?? 0) > (accepted.get("text/html") ?? 0)) {
+    const list = shown.map(({ name, isFolder, size, time }) =>
+      isFolder
+        ? { name, type: "folder", modified: new Date(time) }
+        : { name, type: "file", size, modified: new Date(time) }
+    );
+    return { type: "application/json", headers, body: JSON.stringify(list, null, 1) + "\n" };
+  }
+  return { type: "text/html", headers, body: listingHtml(segments, shown, count, asked, query.get("charset")) };
+}
+
+/** What is in a folder: the names, sorted, and which of them are symbolic links. */
+interface Listed {
+  readonly names: string[];
+  readonly links: ReadonlySet<string>;
+}
+
+/** Names in a folder that contain what is searched for; links that lead out of ROOT are told apart later. */
+async function listNames(server: HttpServer, path: string, search: string): Promise<Listed> {
+  const names: string[] = [], links = new Set<string>(), wanted = search.normalize().toLowerCase();
+  for await (const { name, isSymlink } of Deno.readDir(path)) {
+    if (!server.settings.dotfiles && name.startsWith(".")) continue;
+    if (wanted !== "" && !name.normalize().toLowerCase().includes(wanted)) continue;
+    names.push(name);
+    if (isSymlink) links.add(name);
+  }
+  return { names: names.sort(), links };
+}
+
+/** The entries of one page. Only an order by size or time needs to look at all of them. */
+async function describeEntries(root: Root, path: string, listed: Listed, asked: ListingQuery): Promise<Entry[]> {
+  const { sort, descending, page } = asked, { names, links } = listed, first = (page - 1) * LISTING_PAGE;
+  const onPage = <T>(list: T[]) => (descending ? list.reverse() : list).slice(first, first + LISTING_PAGE);
+  const looked = sort === "name" ? onPage(names) : names, entries: Entry[] = [];
+  for (const [i, name] of looked.entries()) {
+    if (i % LISTING_SLICE === LISTING_SLICE - 1) await new Promise((resolve) => setTimeout(resolve));
+    const entry = describeEntry(root, path + SEPARATOR + name, name, links.has(name));
+    if (entry !== undefined) entries.push(entry);
+  }
+  return sort === "name" ? entries : onPage(entries.sort((a, b) => a[sort] - b[sort]));
+}
+
+/** A file or folder of a listing; undefined for what is neither, is gone, or lies outside ROOT. */
+function describeEntry(root: Root, path: string, name: string, isLink: boolean): Entry | undefined {
+  try {
+    if (isLink && !isInside(root, Deno.realPathSync(path))) return undefined;
+    const { isFile, isDirectory, size, mtime } = Deno.statSync(path);
+    if (!isFile && !isDirectory) return undefined;
+    return { name, isFolder: isDirectory, size: isDirectory ? 0 : size, time: mtime?.getTime() ?? 0 };
+  } catch {
+    return undefined;
+  }
+}
+
+function listingHtml(
+  segments: readonly string[],
+  entries: readonly Entry[],
+  count: number,
+  { search, sort, descending, page }: ListingQuery,
+  charset: string | null,
+): string {
+  const kept: Record<string, string> = charset === null ? {} : { charset };
+  const queryOf = (more: Record<string, string>) => escapeMarkup(new URLSearchParams({ ...kept, ...more }).toString());
+  const here = { ...(search && { q: search, _charset_: "utf-8" }) };
+  const order: Record<string, string> = { ...here, ...(sort !== "name" && { sort }), ...(descending && { desc: "" }) };
+  const column = (title: string, key: ListingQuery["sort"]) => {
+    const current = sort === key, turned = current && !descending;
+    const direction = current ? ` aria-sort="${descending ? "descending" : "ascending"}"` : "";
+    return `<th scope="col"${key === "size" ? ' class="number"' : ""}${direction}><a href="?${
+      queryOf({ ...here, sort: key, ...(turned && { desc: "" }) })
+    }">${title}</a>`;
+  };
+  const suffix = charset === null ? "" : `?${queryOf({})}`;
+  const crumbs = ["/", ...segments].map((name, i) => {
+    const up = segments.length - i;
+    return up === 0 ? escapeMarkup(name) : `<a href="${"../".repeat(up)}${suffix}">${escapeMarkup(name)}</a>`;
+  });
+  const rows = entries.map(({ name, isFolder, size, time }) => {
+    const slash = isFolder ? "/" : "", date = new Date(time).toISOString();
+    return `<tr><td class="text"><a href="${encodeURIComponent(name)}${slash}${suffix}" dir="auto">${
+      escapeMarkup(name)
+    }${slash}</a></td><td class="number">${
+      isFolder ? "" : `<span title="${size} bytes">${formatSize(size)}</span>`
+    }</td><td><time datetime="${date}">${date.slice(0, 16).replace("T", " ")}</time></td></tr>`;
+  });
+  const link = (number: number, text: string) =>
+    `<a href="?${queryOf({ ...order, page: String(number) })}">${text}</a>`;
+  const pages = [
+    page > 1 && link(page - 1, "Previous page"),
+    page * LISTING_PAGE < count && link(page + 1, "Next page"),
+  ];
+  const title = "/" + segments.map((name) => name + "/").join("");
+  return pageHtml(
+    title,
+    `<header><nav aria-label="Folders"><h1>${crumbs.join(" ")}</h1></nav></header>
+<main><form class="search" role="search"><input type="hidden" name="_charset_">${
+      Object.entries(kept).map(([name, value]) => `<input type="hidden" name="${name}" value="${escapeMarkup(value)}">`)
+        .join("")
+    }<label>Search <input type="search" name="q" value="${escapeMarkup(search)}"></label><button>Search</button></form>
+<p class="soft">${count} ${count === 1 ? "entry" : "entries"}${
+      search && ` with “${escapeMarkup(search)}” in the name`
+    }</p>
+<div class="scroll"><table><thead><tr>${column("Name", "name")}${column("Size", "size")}${
+      column("Modified (UTC)", "time")
+    }</thead>
+<tbody>${rows.join("\n")}</tbody></table></div>
+<nav aria-label="Pages">${pages.filter(Boolean).join(" ")}</nav></main>`,
+  );
+}
+
+/** A size for people: three digits or so. */
+function formatSize(size: number): string {
+  const power = Math.min(4, Math.floor(Math.log2(Math.max(1, size)) / 10));
+  return power === 0
+    ? `${size} B`
+    : `${(size / 1024 ** power).toPrecision(3)} ${["B", "KiB", "MiB", "GiB", "TiB"][power]}`;
+}
+
+// ── The lab ──────────────────────────────────────────────────────────────────────────────────────
+// What is served without ROOT: a page to look at charsets with, and their bytes for programs. The page
+// has no script and may run none: under a false label any text could turn into markup.
+
+const LAB_ROUTES: readonly Route[] = [
+  [/^\/$/, labPage],
+  [/^\/text$/, textFixture, ["GET", "POST"]],
+  [/^\/diagnose$/, describeDiagnosis],
+  [/^\/charsets$/, describeCharsets],
+];
+
+const GREETINGS: readonly (readonly [language: string, code: string, greeting: string])[] = [
+  ["English", "en", "Hello, world"],
+  ["简体中文", "zh-Hans", "你好，世界"],
+  ["繁體中文", "zh-Hant", "您好，世界"],
+  ["日本語", "ja", "こんにちは、世界"],
+  ["한국어", "ko", "안녕하세요"],
+  ["Русский", "ru", "Привет, мир"],
+  ["Українська", "uk", "Привіт, світе"],
+  ["Ελληνικά", "el", "Γειά σου, Κόσμε"],
+  ["עברית", "he", "שלום עולם"],
+  ["العربية", "ar", "مرحبا بالعالم"],
+  ["ไทย", "th", "สวัสดีชาวโลก"],
+  ["Tiếng Việt", "vi", "Xin chào thế giới"],
+  ["Türkçe", "tr", "Günaydın dünya, şeker"],
+  ["Polski", "pl", "Dzień dobry, świecie"],
+  ["Français", "fr", "Ça va, cœur ?"],
+  ["Cymraeg", "cy", "Ŵyn a ŷd"],
+  ["Latviešu", "lv", "Sveika, pasaulē"],
+  ["Íslenska", "is", "Góðan daginn, þú"],
+  ["Esperanto", "eo", "Saluton, ĉiu ĝojo"],
+  ["हिन्दी", "hi", "नमस्ते दुनिया"],
+  ["Emoji", "zxx", "👋🌍"],
+];
+
+/** Charsets whose texts are taken for another's most often: they are shown first. */
+const USUAL_SUSPECTS = [
+  "utf-8",
+  "windows-1252",
+  "gbk",
+  "big5",
+  "shift_jis",
+  "euc-jp",
+  "euc-kr",
+  "windows-1251",
+  "koi8-r",
+  "utf-16le",
+];
+/** Most characters that the tables of the page show. */
+const SHOWN_CHARACTERS = 48;
+
+/** `GET /`: the page. It shows the head of its own response, so its text is made when that is known. */
+function labPage(incoming: Incoming): Answer {
+  const { query, charset } = incoming, declare = readParameter(query, "declare", label);
+  const text = query.get("text") ?? sampleOf(charset).split(" / ")[1] ?? "Hello";
+  return {
+    type: "text/html",
+    charset,
+    ...(declare && { declare }),
+    headers: { "Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-store" },
+    body: (head) => labHtml({ text, charset, declare, requestHead: incoming.headText, responseHead: head }),
+  };
+}
+
+/** What the page is about. */
+interface Experiment {
+  readonly text: string;
+  readonly charset: string;
+  readonly declare: string | undefined;
+  readonly requestHead: string;
+  readonly responseHead: string;
+}
+
+function labHtml(experiment: Experiment): string {
+  const { text, charset, declare } = experiment;
+  const falsely = declare !== undefined && declare !== "none" &&
+    !(LABELS.includes(declare) && encodingOf(declare) === charset);
+  return pageHtml(
+    `charserve: ${charset}`,
+    `<header>
+<h1>The charset lab</h1>
+<p>This page was sent in <strong>${charset}</strong>${
+      falsely ? ` and declared as <strong>${escapeMarkup(declare)}</strong>` : ""
+    }. Text is bytes, and a name for the rule that reads them; when the name is wrong, the text is garbled.</p>
+${
+      declare === undefined
+        ? ""
+        : `<p class="notice"><a href="?${labQuery({ text, charset })}">Declare the true charset again</a></p>`
+    }
+</header>
+<main>
+${labForm(experiment)}
+${labCharacters(text, charset)}
+${labReadings(text, charset)}
+${labDiagnosis(text)}
+<section aria-labelledby="greetings"><h2 id="greetings">Greetings</h2>
+<p>What ${charset} lacks was sent as a character reference: you can read it, but it costs up to eight times the bytes.</p>
+<dl class="greetings">${
+      GREETINGS.map(([language, code, greeting]) =>
+        `<div><dt>${language}</dt><dd lang="${code}"><bdi>${greeting}</bdi></dd></div>`
+      ).join("\n")
+    }</dl></section>
+${labWire(experiment)}
+</main>
+<footer><p>For programs: <a href="text?${
+      labQuery({ text, charset })
+    }">this text alone</a>, <a href="charsets">all charsets as JSON</a>.</p></footer>`,
+  );
+}
+
+/** A query of the page, in the form that is read whatever the charset. */
+function labQuery(parameters: Readonly<Record<string, string>>): string {
+  return escapeMarkup(new URLSearchParams({ ...parameters, _charset_: "utf-8" }).toString());
+}
+
+function labForm({ text, charset, declare }: Experiment): string {
+  const options = (chosen: string | undefined) =>
+    [...encodings().keys()].map((name) => `<option${name === chosen ? " selected" : ""}>${name}</option>`).join("");
+  return `<form class="card" action="./" aria-label="Experiment">
+<input type="hidden" name="_charset_">
+<label class="wide">Text <textarea name="text" rows="3" spellcheck="false">\n${escapeMarkup(text)}</textarea></label>
+<label>Sent in <select name="charset">${options(charset)}</select></label>
+<label>Declared as <select name="declare"><option value="">the truth</option><option value="none"${
+    declare === "none" ? " selected" : ""
+  }>nothing</option>${options(declare)}</select></label>
+<button class="wide">Send it</button>
+</form>`;
+}
+
+/** The characters of a text, at most `SHOWN_CHARACTERS`. */
+function shownCharacters(text: string): string[] {
+  return Array.from(text.toWellFormed().slice(0, SHOWN_CHARACTERS * 2)).slice(0, SHOWN_CHARACTERS);
+}
+
+function labCharacters(text: string, charset: string): string {
+  const rows = shownCharacters(text).map((character) => {
+    const codePoint = character.codePointAt(0)!, { bytes, lost } = encodeText(character, charset, "html");
+    const name = "U+" + codePoint.toString(16).toUpperCase().padStart(4, "0");
+    const sent = lost === 0 ? hex(bytes) : `<mark>not in ${charset}</mark>, sent as ${escapeMarkup(latin1(bytes))}`;
+    return `<tr><td class="char"><bdi>${visible(character)}</bdi></td><td><code>${name}</code></td><td>${
+      scriptOf(character)
+    }</td><td class="bytes">${sent}</td></tr>`;
+  });
+  const head =
+    `<thead><tr><th scope="col">Character<th scope="col">Code point<th scope="col">Script<th scope="col">Bytes in ${charset}</thead>`;
+  return `<section aria-labelledby="characters"><h2 id="characters">Characters and bytes</h2>
+${scrollable("characters", `${head}<tbody>${rows.join("\n")}</tbody>`)}</section>`;
+}
+
+/** A character as markup that shows it: pictures for the controls. */
+function visible(character: string): string {
+  const code = character.charCodeAt(0);
+  return code <= 0x20 ? `&#${0x2400 + code};` : code === 0x7f ? "&#x2421;" : escapeMarkup(character);
+}
+
+const SCRIPTS =
+  `Latin Han Hiragana Katakana Hangul Cyrillic Greek Arabic Hebrew Thai Devanagari Bopomofo Armenian Georgian Bengali
+  Tamil Telugu Kannada Malayalam Gujarati Gurmukhi Sinhala Khmer Lao Myanmar Tibetan Mongolian Ethiopic Cherokee Braille Yi`
+    .split(/\s+/);
+/** What else a character may be, and the property that says so. */
+const CATEGORIES =
+  `Letter:L Mark:M Digit:Nd Number:N Punctuation:P Currency:Sc Emoji:Extended_Pictographic Symbol:S Space:Z Control:Cc
+  Private_use:Co`.split(/\s+/).map((category) => category.split(":"));
+
+/** Names of kinds of characters, with the patterns that tell them. */
+const characterKinds = lazily(() => [
+  ...SCRIPTS.map((script) => [script, new RegExp(`\\p{Script=${script}}`, "u")] as const),
+  ...CATEGORIES.map(([name, property]) => [name!.replace("_", " "), new RegExp(`\\p{${property}}`, "u")] as const),
+]);
+
+/** The script of a character, or what kind it is. */
+function scriptOf(character: string): string {
+  return characterKinds().find(([, pattern]) => pattern.test(character))?.[0] ?? "Other";
+}
+
+/** How the bytes of a text read in every other charset. */
+function labReadings(text: string, charset: string): string {
+  const shown = shownCharacters(text).join(""), bytes = encode(shown, charset);
+  const others = [...encodings().keys()].filter((name) => !USUAL_SUSPECTS.includes(name));
+  const table = (names: readonly string[]) => {
+    const rows = names.filter((name) => name !== charset).map((name) => {
+      const reading = controlPictures(
+        escapeMarkup(decodeText(bytes, name)).replaceAll("\uFFFD", "<mark>&#xFFFD;</mark>"),
+      );
+      const link = `<a href="?${labQuery({ text, charset, declare: name })}">${name}</a>`;
+      return `<tr><th scope="row">${link}</th><td class="text"><bdi>${reading}</bdi></td></tr>`;
+    });
+    return scrollable(
+      "readings",
+      `<thead><tr><th scope="col">Read as<th scope="col">Text</thead><tbody>${rows.join("\n")}</tbody>`,
+    );
+  };
+  return `<section aria-labelledby="readings"><h2 id="readings">How it reads elsewhere</h2>
+<p class="bytes">${hex(bytes)}</p>
+<p>These are the bytes just sent. Whoever takes them for another charset reads this; follow a name, and your own browser does.</p>
+${table(USUAL_SUSPECTS)}<details><summary>In the ${others.length} other charsets</summary>${
+    table(others)
+  }</details></section>`;
+}
+
+/** A table that a narrow window can scroll, with the keyboard too; `label` is the id of what names it. */
+function scrollable(label: string, table: string): string {
+  return `<div class="scroll" tabindex="0" role="group" aria-labelledby="${label}"><table>${table}</table></div>`;
+}
+
+/** Control characters of a reading as pictures, so that none acts. */
+function controlPictures(text: string): string {
+  // deno-lint-ignore no-control-regex
+  return text.replace(/[\x00-\x1f]/g, (control) => `&#${0x2400 + control.charCodeAt(0)};`).replace(
+    /[\x7f-\x9f\u202a-\u202e\u2066-\u2069]/g,
+    "<mark>&#xB7;</mark>",
+  );
+}
+
+/** What the lines of a head say, for those who see one for the first time. */
+const LINE_NOTES: readonly (readonly [line: RegExp, note: string])[] = [
+  [/^[A-Z]+ \S+ HTTP\//, "the request line: method, target, version (RFC 9112 §3)"],
+  [/^HTTP\//, "the status line: version, status code, reason (RFC 9112 §4)"],
+  [/^Host:/i, "which of the sites at this address is meant (RFC 9110 §7.2)"],
+  [/^User-Agent:/i, "the program that asks (RFC 9110 §10.1.5)"],
+  [/^Accept:/i, "media types it would like (RFC 9110 §12.5.1)"],
+  [/^Accept-Charset:/i, "charsets it would like (RFC 9110 §12.5.2)"],
+  [/^Accept-Encoding:/i, "compressions it can undo (RFC 9110 §12.5.3)"],
+  [/^Accept-Language:/i, "languages its user reads (RFC 9110 §12.5.4)"],
+  [/^Connection: close/i, "the last message of this connection (RFC 9112 §9.6)"],
+  [/^Connection:/i, "wishes about this connection alone (RFC 9110 §7.6.1)"],
+  [/^Referer:/i, "the page that led here (RFC 9110 §10.1.3)"],
+  [/^Cookie:/i, "what a server of this host asked it to keep (RFC 6265 §5.4)"],
+  [/^Upgrade-Insecure-Requests:/i, "it would prefer HTTPS (Upgrade Insecure Requests §3.2)"],
+  [/^Sec-Fetch/i, "who asks, and what for (Fetch Metadata §2)"],
+  [/^Sec-CH/i, "what the browser tells of itself (RFC 8942)"],
+  [/^If-/i, "only if this holds (RFC 9110 §13.1)"],
+  [/^Cache-Control:/i, "what caches may do with it (RFC 9111 §5.2)"],
+  [/^Date:/i, "when this was said (RFC 9110 §6.6.1)"],
+  [/^Content-Type:/i, "what the content is, and the charset it is declared to be in (RFC 9110 §8.3)"],
+  [/^Content-Length:/i, "how many bytes of content follow (RFC 9110 §8.6)"],
+  [
+    /^Transfer-Encoding:/i,
+    "the content comes in chunks, each with its size: nobody knew the length when this was sent (RFC 9112 §7.1)",
+  ],
+  [/^Content-Security-Policy:/i, "no script may run here, whatever the bytes turn into (CSP 3)"],
+  [/^X-Content-Type-Options:/i, "do not guess another type (Fetch §3.6)"],
+  [/^Vary:/i, "fields of the request that the answer depended on (RFC 9110 §12.5.5)"],
+  [/^$/, "an empty line: here the head ends"],
+];
+
+function labWire({ requestHead, responseHead }: Experiment): string {
+  const table = (id: string, title: string, head: string) => {
+    const rows = head.split("\r\n").slice(0, -1).map((line) => {
+      const note = LINE_NOTES.find(([pattern]) => pattern.test(line))?.[1] ?? "";
+      return `<tr><td class="text"><code>${
+        escapeMarkup(escapeWire(line))
+      }</code></td><td><small>${note}</small></td></tr>`;
+    });
+    return scrollable(id, `<caption id="${id}">${title}</caption><tbody>${rows.join("\n")}</tbody>`);
+  };
+  return `<section aria-labelledby="wire"><h2 id="wire">On the wire</h2>
+<p>What your browser sent to get this page, and what stood before it in the answer. <code>--log wire</code> shows the same in the terminal.</p>
+${table("request-head", "The request, as it came", requestHead)}
+${table("response-head", "The response, as it went", responseHead)}</section>`;
+}
+
+/** `GET /diagnose`: what garbled a text, for programs. */
+function describeDiagnosis({ query }: Incoming): Answer {
+  return { type: "application/json", body: JSON.stringify(diagnose(query.get("text") ?? ""), null, 1) + "\n" };
+}
+
+function labDiagnosis(text: string): string {
+  const rows = diagnose(text).map(({ steps, text, lost }) => {
+    const way = steps.map(({ written, read }) => `${written} read as ${read}`).join(", then ");
+    const loss = lost === 0
+      ? ""
+      : ` <small>${lost} ${lost === 1 ? "character is" : "characters are"} lost for good</small>`;
+    const shown = controlPictures(escapeMarkup(text)).replaceAll("\uFFFD", "<mark>&#xFFFD;</mark>");
+    return `<tr><td class="text"><bdi>${shown}</bdi>${loss}</td><td>${way}</td></tr>`;
+  });
+  const head = `<thead><tr><th scope="col">It was<th scope="col">Written as, read as</thead>`;
+  return `<section aria-labelledby="diagnosis"><h2 id="diagnosis">What went wrong?</h2>
+${
+    rows.length === 0
+      ? "<p>This text looks fine as it is. Paste garbled text above to see which charsets were mixed up.</p>"
+      : `<p>If the text is garbled, this may have happened to it, likeliest first.</p>${
+        scrollable("diagnosis", `${head}<tbody>${rows.join("\n")}</tbody>`)
+      }`
+  }</section>`;
+}
+
 /** `GET /text`, `POST /text`: the text alone, so encoded and so labelled, in as many places as asked. */
 async function textFixture(incoming: Incoming): Promise<Answer> {
   const { query, charset } = incoming, get = (name: string) => query.get(name) || undefined;
@@ -3751,533 +3848,204 @@ function hex(bytes: Uint8Array): string {
   return Array.from(bytes, (byte) => byte.toString(16).toUpperCase().padStart(2, "0")).join(" ");
 }
 
-// ── Server ──────────────────────────────────────────────────────────────────────────────────────
-// Accepts connections, serves each, keeps the time for all, and knows how to stop.
+// ── Vocabulary ───────────────────────────────────────────────────────────────────────────────────
+// The words that HTTP is made of: fields, tokens, dates, qualities, and the statuses a server says.
 
-/** Longest wait at the end for answers that are under way, in milliseconds. */
-const DRAIN_TIME = 10_000;
-/** After SIGTERM, how long idle connections stay open for a request that may be on its way, in milliseconds. */
-const IDLE_GRACE = 1000;
-/** How often, and how long each time, in milliseconds, to look whether the system has more connections for us. */
-const BACKLOG_TURNS = 10, BACKLOG_TURN = 50;
-/** How long to wait before accepting again when the system has no more files, in milliseconds. */
-const ACCEPT_BACKOFF = 100;
+type Field = readonly [name: string, value: string];
 
-/** A running server, as {@linkcode Deno.serve} has one. */
-export interface Server extends AsyncDisposable {
-  /** Address that is listened on. */
-  readonly addr: Deno.Addr;
-  /** Resolves when the last connection is closed. */
-  readonly finished: Promise<void>;
-  /**
-   * Stops accepting, lets answers under way finish (10 s at most), closes what is idle. Resolves when all is done.
-   * @param grace For how long, in milliseconds, idle connections stay open: a request that comes on one is still
-   * answered, with `Connection: close`, so that a proxy in front loses none. Without it they are closed at once.
-   */
-  shutdown(grace?: number): Promise<void>;
-}
+/** RFC 9110 §5.6.2. */
+const TOKEN = /^[!#$%&'*+\-.^_`|~0-9A-Za-z]+$/;
+/** RFC 9110 §5.1 and §5.5: what may stand in one line, without the white space around the value. */
+const FIELD_LINE =
+  /^(?<name>[!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*(?<value>[\x21-\x7e\x80-\xff]?|[\x21-\x7e\x80-\xff][\t\x20-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])[ \t]*$/;
+/** RFC 9110 §8.3.1, without parameters. */
+const MEDIA_TYPE = /^[!#$%&'*+\-.^_`|~0-9A-Za-z]+\/[!#$%&'*+\-.^_`|~0-9A-Za-z]+$/;
+/** RFC 3986 §3.2.2, without a port: a name, an IPv4 address, or an IPv6 address in brackets. */
+const HOST = /^(?:[0-9A-Za-z\-._~!$&'()*+,;=%]+|\[[0-9A-Fa-f:.]+\])$/;
 
-/**
- * Starts a server.
- *
- * ```ts
- * import { serve } from "./server.ts";
- * await using server = serve({ port: 0, routes: [[/^\/$/, () => "你好"]], charset: "gbk" });
- * ```
- *
- * @throws {Deno.errors.AddrInUse} The port is taken.
- * @throws {Deno.errors.NotCapable} `--allow-net` is missing, or `--allow-read` for `root`.
- * @throws {Deno.errors.NotFound} `root` does not exist.
- * @throws {RangeError} A charset does not exist.
- */
-export function serve(options: ServeOptions = {}): Server {
-  return new HttpServer(options);
-}
-
-class HttpServer implements Server {
-  readonly addr: Deno.Addr;
-  readonly finished: Promise<void>;
-  readonly settings: Settings;
-  readonly routes: readonly Route[];
-  readonly root: Root | undefined;
-  readonly secure: boolean;
-  readonly log: Log;
-  readonly options: ServeOptions;
-  /** What `--header` and the like add to every head, and the names that it replaces. */
-  readonly extraHead: string;
-  readonly ownFields: ReadonlySet<string>;
-  /** Caches: of heads, of what is known of files' charsets, of files' responses. */
-  readonly heads: Heads = { known: new Map(), seen: new Set() };
-  readonly charsets = new Cache<StoredCharset>(CACHE_SIZE / 4);
-  readonly messages = new Cache<{ readonly identity: string; readonly message: Promise<Message> }>(CACHE_SIZE);
-  draining = false;
-  readonly #listener: Deno.Listener;
-  readonly #connections = new Set<Connection>();
-  readonly #patience: Patience;
-  readonly #hosts: ReadonlySet<string> | undefined;
-  readonly #sweeper: ReturnType<typeof setInterval>;
-  /** Resolved when the last connection is closed, at the end. */
-  readonly #drained = Promise.withResolvers<void>();
-  #drainDeadline = Infinity;
-  #idleDeadline = Infinity;
-  #stopping: Promise<void> | undefined;
-  /** Connections that were closed, but are still there. */
-  #held = 0;
-  /** Connections accepted so far. */
-  #taken = 0;
-  #second = 0;
-  #date = "";
-  #backoff: PromiseWithResolvers<void> | undefined;
-
-  constructor(options: ServeOptions) {
-    const settings = this.settings = settingsOf(options);
-    this.options = options;
-    this.root = settings.root === undefined ? undefined : openRoot(settings.root, settings.fallback);
-    this.routes = [...(options.routes ?? []), ...(settings.body === undefined ? [] : [bodyRoute(settings.body)])];
-    this.secure = settings.cert !== undefined;
-    const added: Field[] = [
-      ["X-Content-Type-Options", "nosniff"],
-      ...(settings.cors ? [["Access-Control-Allow-Origin", "*"] as const] : []),
-    ];
-    this.ownFields = new Set(settings.header.map(([name]) => name.toLowerCase()));
-    this.extraHead = [...added.filter(([name]) => !this.ownFields.has(name.toLowerCase())), ...settings.header]
-      .map(([name, value]) => `${name}: ${value}\r\n`).join("");
-    const { headerTimeout: head, idleTimeout: idle } = settings;
-    this.#patience = {
-      now: performance.now(),
-      request: idle,
-      head,
-      content: idle,
-      reader: idle,
-      handler: Infinity,
-      end: LINGER_TIME,
-    };
-    this.log = new Log(settings.log, options.onLog);
-    this.#listener = listen(settings, options.reusePort);
-    // Deno 2.6 leaves the transport of a TLS listener out.
-    this.addr = settings.unix === undefined
-      ? { ...this.#listener.addr as Deno.NetAddr, transport: "tcp" }
-      : this.#listener.addr;
-    this.#hosts = allowedHosts(this.addr, settings);
-    this.#sweeper = setInterval(() => this.#sweep(), Math.max(10, Math.min(1000, Math.min(head, idle) / 4)));
-    this.finished = this.#accept().then(() => this.#end());
-    options.signal?.addEventListener("abort", () => void this.shutdown(), { once: true });
-    if (options.signal?.aborted) void this.shutdown();
-    options.onListen?.(this.addr);
-  }
-
-  /** Value of the Date field, made once a second. */
-  date(): string {
-    const now = Date.now(), second = Math.trunc(now / 1000);
-    if (second !== this.#second) [this.#second, this.#date] = [second, formatDate(now)];
-    return this.#date;
-  }
-
-  async #accept(): Promise<void> {
-    while (!this.draining) {
-      try {
-        this.#take(await this.#listener.accept());
-        this.#taken++;
-      } catch (error) {
-        if (this.draining) return;
-        // Out of files, or a client that gave up: wait a little, others will close theirs.
-        this.log.line(`cannot accept a connection: ${(error as Error).message}`);
-        await this.#pause(ACCEPT_BACKOFF);
-      }
-    }
-  }
-
-  /** Waits, unless the server stops meanwhile. */
-  async #pause(time: number): Promise<void> {
-    const { promise, resolve } = this.#backoff = Promise.withResolvers<void>();
-    const timer = setTimeout(resolve, time);
-    await promise;
-    clearTimeout(timer);
-  }
-
-  #take(conn: Deno.Conn): void {
-    // So many were refused, and still linger, that not even that can be said.
-    if (this.#connections.size >= 2 * this.settings.maxConnections) return conn.close();
-    const connection = new Connection(conn, this.#patience, this.heads);
-    const full = this.#connections.size + this.#held >= this.settings.maxConnections;
-    this.#connections.add(connection);
-    const served = full ? refuseConnection(this, connection) : serveConnection(this, connection);
-    const handshake = "handshake" in conn ? (conn as Deno.TlsConn).handshake() : undefined;
-    handshake?.catch(() => {}); // Reading finds out.
-    served.finally(() => {
-      this.#connections.delete(connection);
-      if (this.draining && this.#connections.size === 0) this.#drained.resolve();
-      if (handshake === undefined) return;
-      // Deno closes a TLS connection only when its handshake has ended, however: until then, it counts.
-      const gone = () => this.#held--;
-      this.#held++;
-      handshake.then(gone, gone);
-    });
-  }
-
-  /** One look at all connections: whose time is up? */
-  #sweep(): void {
-    const now = this.#patience.now = performance.now();
-    for (const connection of this.#connections) {
-      if (now > connection.deadline) connection.expire();
-      else if (now > this.#drainDeadline) connection[Symbol.dispose]();
-      else if (now > this.#idleDeadline) connection.closeIfIdle();
-    }
-  }
-
-  shutdown(grace: number = 0): Promise<void> {
-    this.#stopping ??= this.#stop(grace);
-    return this.finished;
-  }
-
-  async #stop(grace: number): Promise<void> {
-    if (grace > 0) await this.#emptyBacklog();
-    this.draining = true;
-    this.#drainDeadline = performance.now() + DRAIN_TIME;
-    this.#idleDeadline = performance.now() + grace;
-    this.#listener.close();
-    this.#backoff?.resolve();
-    if (grace === 0) { for (const connection of this.#connections) connection.closeIfIdle(); }
-    if (this.#connections.size === 0) this.#drained.resolve();
-  }
-
-  /** Waits until nobody new came for a moment: closing a listener resets what the system has taken for it. */
-  async #emptyBacklog(): Promise<void> {
-    for (let turn = 0, seen = -1; turn < BACKLOG_TURNS && seen !== this.#taken; turn++) {
-      seen = this.#taken;
-      await new Promise((resolve) => setTimeout(resolve, BACKLOG_TURN));
-    }
-  }
-
-  async #end(): Promise<void> {
-    await this.#drained.promise;
-    clearInterval(this.#sweeper); // A socket's file went with its listener; by now there may be a successor's.
-    await this.log.close();
-  }
-
-  [Symbol.asyncDispose](): Promise<void> {
-    return this.shutdown();
-  }
-
-  /** Whether a request names this server (RFC 9110 §7.4): a page elsewhere must not reach us by a name that it controls. */
-  answersTo(authority: string): boolean {
-    // No browser leaves the name out; HTTP/1.0 may.
-    if (this.#hosts === undefined || authority === "") return true;
-    const host = authority.replace(/:\d*$/, "").replace(/\.$/, "");
-    return this.#hosts.has(host) || host.endsWith(".localhost") && this.#hosts.has("localhost");
-  }
-}
-
-/** Options over the defaults of the table; labels resolved, and nothing in them that could break a head apart. */
-function settingsOf(options: ServeOptions): Settings & { readonly root: string | undefined } {
-  const given = Object.entries(options).filter(([, value]) => value !== undefined);
-  const settings = { ...DEFAULTS, log: "none", root: undefined, ...Object.fromEntries(given) } as Settings & {
-    root: string | undefined;
-  };
-  const { charset, sourceCharset, header, declare } = settings;
-  for (const [name, value] of header) {
-    checkField(name, value);
-    if (FRAMING_FIELDS.has(name.toLowerCase())) throw new TypeError(`The field ${name} is the server's to write`);
-  }
-  if (declare !== undefined) checkField("Content-Type", contentType("text/html", undefined, declare));
-  return {
-    ...settings,
-    charset: charset && encodingOf(charset),
-    sourceCharset: sourceCharset === "auto" ? "auto" : encodingOf(sourceCharset),
-  };
-}
-
-// Deno cannot close a TLS connection whose handshake never ends: towards the open Internet, put a proxy in front.
-function listen({ host, port, unix, cert, key }: Settings, reusePort = false): Deno.Listener {
-  if (unix !== undefined) return Deno.listen({ transport: "unix", path: unix });
-  const address = { hostname: host, port, reusePort };
-  if (cert !== undefined && key !== undefined) {
-    return Deno.listenTls({ ...address, cert, key, alpnProtocols: ["http/1.1"] });
-  }
-  return Deno.listen(address);
-}
-
-/** Names to answer to; undefined is any. Other machines reach us by names that we cannot know. */
-function allowedHosts(addr: Deno.Addr, { host, allowHost }: Settings): ReadonlySet<string> | undefined {
-  const local = addr.transport === "tcp" && /^(?:127\.|::1$)/.test(addr.hostname);
-  if (allowHost.includes("*") || !local && allowHost.length === 0) return undefined;
-  const own = addr.transport === "tcp" ? [addr.hostname, `[${addr.hostname}]`, host.toLowerCase()] : [];
-  return new Set([
-    ...own,
-    ...(local ? ["localhost", "127.0.0.1", "[::1]"] : []),
-    ...allowHost.map((name) => name.toLowerCase()),
-  ]);
-}
-
-function openRoot(path: string, fallback: string | undefined): Root {
-  const real = Deno.realPathSync(path);
-  if (fallback !== undefined) Deno.realPathSync(`${real}${SEPARATOR}${fallback}`);
-  return { path: real, isFile: Deno.statSync(real).isFile };
-}
-
-function bodyRoute(body: string): Route {
-  return [/^/, () => ({ body, constant: true })];
-}
-
-/** One connection, from its first byte to its last. */
-async function serveConnection(server: HttpServer, connection: Connection): Promise<void> {
-  using _ = connection;
-  try {
-    while (!connection.closing) await serveNext(server, connection);
-    if (connection.lingers) await connection.linger();
-  } catch {
-    // The client is gone: nobody is left to be told.
-  }
-}
-
-/** Tells a client that there are too many. */
-async function refuseConnection(server: HttpServer, connection: Connection): Promise<void> {
-  using _ = connection;
-  try {
-    await sendError(server, connection, new FramingError(503, "Too many connections", [["Retry-After", "1"]]));
-    await connection.linger();
-  } catch {
-    // It did not wait.
-  }
-}
-
-/** Answers requests up to the first that has to be waited for, and that one. */
-async function serveNext(server: HttpServer, connection: Connection): Promise<void> {
-  try {
-    const message = await connection.next((known) => respond(server, connection, known));
-    if (message === undefined) connection.closing = true;
-    else await send(server, connection, message, connection.current!.head);
-  } catch (error) {
-    await sendError(server, connection, error);
-  }
-}
-
-/** Answers one request: with bytes if that is possible at once, else with the promise of a message. */
-function respond(
-  server: HttpServer,
-  connection: Connection,
-  known: KnownHead,
-): Uint8Array | Promise<Uint8Array | Message> {
-  const { head } = known, last = known.message?.deref(), now = Date.now();
-  if (last !== undefined && !server.draining && last.isFresh!(now)) {
-    server.log.access(clientOf(server, connection, head), head, last);
-    if (!head.persistent) connection.close(false);
-    return readyBytes(server, last, head, now);
-  }
-  server.log.wire(head.text, "<");
-  const incoming = new IncomingRequest(server, connection, head);
-  const resource = known.route ?? admit(server, incoming, known);
-  const message = resource instanceof Promise
-    ? resource.then((resource) => represent(server, incoming, known, resource))
-    : represent(server, incoming, known, resource);
-  return message instanceof Promise
-    ? message.then<Uint8Array | Message>((message) => finish(server, connection, known, message))
-    : finish(server, connection, known, message);
-}
-
-/** Refuses what is not for us, and finds what it is for: a route is remembered with the head. */
-function admit(server: HttpServer, incoming: IncomingRequest, known: KnownHead): Resource | Promise<Resource> {
-  const expectation = incoming.header("expect"), { cors } = server.settings;
-  if (expectation !== undefined && !EXPECTS_CONTINUE.test(expectation)) {
-    throw new HttpError(417, `The expectation "${expectation.slice(0, 100)}" cannot be met`);
-  }
-  if (!server.answersTo(incoming.authority)) {
-    throw new HttpError(421, "This server does not answer to that host name (--allow-host lets it)");
-  }
-  const isPreflight = incoming.method === "OPTIONS" && incoming.header("access-control-request-method") !== undefined;
-  if (cors && isPreflight) return { kind: "route", handler: () => ({ status: 204, headers: PREFLIGHT }), params: {} };
-  const resource = locate(server, incoming);
-  if (!(resource instanceof Promise) && resource.kind === "route") known.route = resource;
-  return resource;
-}
-
-/** What a preflight of Fetch §3.2.3 wants to hear. */
-const PREFLIGHT: Readonly<Record<string, string>> = {
-  "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, PATCH, DELETE",
-  "Access-Control-Allow-Headers": "*, Authorization",
-  "Access-Control-Max-Age": "86400",
+// deno-fmt-ignore
+const REASONS: Readonly<Record<number, string>> = {
+  100: "Continue", 200: "OK", 201: "Created", 202: "Accepted", 204: "No Content", 205: "Reset Content",
+  206: "Partial Content", 301: "Moved Permanently", 302: "Found", 303: "See Other", 304: "Not Modified",
+  307: "Temporary Redirect", 308: "Permanent Redirect", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
+  404: "Not Found", 405: "Method Not Allowed", 406: "Not Acceptable", 408: "Request Timeout", 409: "Conflict",
+  410: "Gone", 411: "Length Required", 412: "Precondition Failed", 413: "Content Too Large", 414: "URI Too Long",
+  415: "Unsupported Media Type", 416: "Range Not Satisfiable", 417: "Expectation Failed", 418: "I'm a Teapot",
+  421: "Misdirected Request", 422: "Unprocessable Content", 425: "Too Early", 426: "Upgrade Required",
+  428: "Precondition Required", 429: "Too Many Requests", 431: "Request Header Fields Too Large",
+  451: "Unavailable For Legal Reasons", 500: "Internal Server Error", 501: "Not Implemented", 502: "Bad Gateway",
+  503: "Service Unavailable", 504: "Gateway Timeout", 505: "HTTP Version Not Supported",
 };
 
-/** The bytes of a message that answers equal requests: made anew when its Date is no longer true. */
-function readyBytes(server: HttpServer, message: WholeMessage, head: RequestHead, now: number): Uint8Array {
-  const second = Math.trunc(now / 1000), ready = message.ready ??= {};
-  const kind = head.persistent ? "persistent" : "last";
-  if (ready[kind]?.second !== second) ready[kind] = { second, bytes: compose(server, message, head, head.persistent) };
-  return ready[kind].bytes;
-}
-
 /**
- * A whole response as bytes, unless there is content of the request to read first, or of the response to
- * make on the way: then the message itself. Remembers what may be sent again.
+ * An answer that is not the one hoped for. Any stage, and any handler, may throw it; the connection
+ * turns it into a small page. The message is shown to the client.
  */
-function finish(
-  server: HttpServer,
-  connection: Connection,
-  known: KnownHead,
-  message: Message,
-): Uint8Array | Promise<Message> {
-  const { head } = known;
-  if (!isWhole(message) || head.framing.kind !== "none") return Promise.resolve(message);
-  const persistent = persists(server, connection, head);
-  const repeatable = message.isFresh !== undefined && head.method === "GET" && head.minor === 1;
-  if (repeatable && persistent === head.persistent && server.settings.log !== "wire") {
-    known.message = message.content.length <= REPEATABLE_LIMIT ? { deref: () => message } : new WeakRef(message);
+export class HttpError extends Error {
+  /** Status code of RFC 9110 §15, from 400 to 599. */
+  readonly status: number;
+  /** Fields that the response must carry, `Allow` of a 405 say. */
+  readonly fields: readonly (readonly [name: string, value: string])[];
+
+  /** Makes an error for `status`, explained to the client by `message`, to the log by `options.cause`. */
+  constructor(
+    status: number,
+    message: string,
+    fields: readonly (readonly [name: string, value: string])[] = [],
+    options?: ErrorOptions,
+  ) {
+    super(message, options);
+    this.name = "HttpError";
+    this.status = status;
+    this.fields = fields;
   }
-  server.log.access(clientOf(server, connection, head), head, message);
-  const again = message === known.said?.message && persistent && server.settings.log !== "wire";
-  return again ? readyBytes(server, message, head, Date.now()) : compose(server, message, head, persistent);
 }
 
-/** The client's address; with `--trust-proxy`, the one that the proxy before us gives (RFC 7239 §5.2). */
-function clientOf(server: HttpServer, connection: Connection, head: RequestHead | undefined): string {
-  if (!server.settings.trustProxy || head === undefined) return connection.remote;
-  const forwarded = fieldValue(head, "forwarded")?.match(/^.*\bfor="?\[?([^\s;,"\]]+)/i)?.[1];
-  // Only the last address was written by the proxy that we trust; those before it came from the client.
-  const client = forwarded ?? parseList(fieldValue(head, "x-forwarded-for") ?? "").at(-1);
-  return client !== undefined && /^[0-9A-Za-z.:_%-]{1,64}$/.test(client) ? client : connection.remote;
-}
-
-/** Whether the connection goes on after this response (RFC 9112 §9.3); if not, it is told so. */
-function persists(server: HttpServer, connection: Connection, head: RequestHead): boolean {
-  const able = !server.draining && !connection.closing && connection.canFollow(server.settings.maxBody);
-  if (!able || !head.persistent) connection.close(!able);
-  return able && head.persistent;
-}
-
-/** Writes a response that is not just bytes, or comes before the request's content is read. */
-async function send(
-  server: HttpServer,
-  connection: Connection,
-  message: Message,
-  head: RequestHead | undefined,
-): Promise<void> {
-  if (!isWhole(message)) await writeStream(server, connection, message as Message & { content: Stream }, head!);
-  else {
-    const persistent = head !== undefined && persists(server, connection, head);
-    server.log.access(clientOf(server, connection, head), head, message);
-    const isHead = head === undefined ? connection.startsWith("HEAD ") : head.method === "HEAD";
-    await connection.write(compose(server, message, head, persistent, isHead));
-  }
-  await connection.skipContent(server.settings.maxBody);
-}
-
-/** Turns what was thrown into a response, if one can still be sent. */
-async function sendError(server: HttpServer, connection: Connection, error: unknown): Promise<void> {
-  if (connection.midway && !(error instanceof Disconnected)) server.log.line(`answer broken off: ${messageOf(error)}`);
-  if (error instanceof Disconnected || connection.midway) return connection[Symbol.dispose]();
-  if (error instanceof FramingError) connection.close();
-  const head = connection.current?.head;
-  await send(server, connection, await describeError(server, connection, head, error), head);
-}
-
-/** A small page that says what went wrong, or what `onError` makes of it. */
-async function describeError(
-  server: HttpServer,
-  connection: Connection,
-  head: RequestHead | undefined,
-  error: unknown,
-): Promise<Message> {
-  const expected = error instanceof HttpError;
-  if (!expected || error.cause !== undefined) {
-    server.log.line(`error: ${head?.line ?? "no request"}: ${messageOf(expected ? error.cause : error)}`);
-  }
-  if (!expected && head !== undefined && server.options.onError !== undefined) {
-    try {
-      const content = await server.options.onError(error);
-      if (content) return await representContent(server, new IncomingRequest(server, connection, head), content);
-    } catch (error) {
-      server.log.line(`error in onError: ${messageOf(error)}`);
-    }
-  }
-  const { status, message, fields } = expected ? error : new HttpError(500, "The server could not make this page");
-  const charset = server.settings.charset ?? "utf-8", title = `${status} ${REASONS[status] ?? "Error"}`;
-  const page =
-    `<!DOCTYPE html>\n<html lang="en"><meta name="viewport" content="width=device-width"><title>${title}</title>
-<h1>${title}</h1>\n<p>${escapeMarkup(escapeControls(message))}.</p>\n`;
-  const content = encodeText(page, charset, "html").bytes;
-  return {
-    status,
-    fields: [
-      ["Content-Type", contentType("text/html", charset, undefined)],
-      ...fields.map(([name, value]) => checkField(name, value)),
-    ],
-    content,
-    charset,
-  };
-}
+/** A request that cannot be told from the next one: answered, and the connection closed. */
+class FramingError extends HttpError {}
 
 function messageOf(error: unknown): string {
   return error instanceof Error ? `${error.name}: ${error.message}` : String(error);
 }
 
-/** How long to wait before a worker that died is replaced, in milliseconds. */
-const RESTART_DELAY = 200;
-
-/** What a worker tells the main thread. */
-type WorkerReport =
-  | { readonly kind: "listening"; readonly addr: Deno.NetAddr }
-  | { readonly kind: "failed"; readonly reason: string }
-  | { readonly kind: "log"; readonly lines: string }
-  | { readonly kind: "stopped" };
-
-/** A server of several threads that share one port: the system spreads connections over them. */
-async function startWorkers(options: ServeOptions, count: number): Promise<Server> {
-  const log = new Log("none"), workers = new Set<Worker>(), stopped = Promise.withResolvers<void>();
-  let draining = false;
-  const ended = (worker: Worker) => {
-    worker.terminate();
-    workers.delete(worker);
-    if (draining && workers.size === 0) stopped.resolve();
-  };
-  const start = (port: number) =>
-    new Promise<Deno.NetAddr>((resolve, reject) => {
-      const worker = new Worker(import.meta.url, { type: "module", name: "charserve" });
-      workers.add(worker);
-      worker.onmessage = ({ data }: MessageEvent<WorkerReport>) => {
-        if (data.kind === "log") log.append(data.lines);
-        else if (data.kind === "listening") resolve(data.addr);
-        else if (data.kind === "failed") reject(new Error(data.reason));
-        else ended(worker);
-      };
-      worker.onerror = (event) => {
-        event.preventDefault();
-        ended(worker);
-        log.line(`a worker died: ${event.message}`);
-        const replace = () => draining || start(port).catch((error) => log.line(messageOf(error)));
-        setTimeout(replace, RESTART_DELAY);
-      };
-      worker.postMessage({ ...options, port });
-    });
-  // The first one finds the port, if any will do.
-  const addr = await start(options.port ?? DEFAULTS.port);
-  await Promise.all(Array.from({ length: count - 1 }, () => start(addr.port)));
-  const finished = stopped.promise.then(() => log.close());
-  const shutdown = (grace: number = 0) => {
-    draining = true;
-    for (const worker of workers) worker.postMessage({ stop: grace });
-    return finished;
-  };
-  return { addr, finished, shutdown, [Symbol.asyncDispose]: () => shutdown() };
+/** RFC 9110 §5.6.7: `toUTCString` happens to be the IMF-fixdate that HTTP wants. */
+function formatDate(time: number): string {
+  return new Date(time).toUTCString();
 }
 
-/** The other side: a thread that serves until it is told to stop. */
-async function runWorker(): Promise<void> {
-  const main = globalThis as unknown as Worker;
-  const report = (message: WorkerReport) => main.postMessage(message);
-  const { promise, resolve } = Promise.withResolvers<ServeOptions>();
-  const stop = Promise.withResolvers<number>();
-  main.onmessage = ({ data }) => "stop" in data ? stop.resolve(data.stop) : resolve(data);
-  const options = await promise;
-  try {
-    const onLog = (lines: string) => report({ kind: "log", lines });
-    const server = serve({ ...options, routes: routesFor(options), reusePort: true, onLog });
-    report({ kind: "listening", addr: server.addr as Deno.NetAddr });
-    await server.shutdown(await stop.promise);
-    report({ kind: "stopped" });
-  } catch (error) {
-    report({ kind: "failed", reason: explainFailure(error, options) });
+const MONTHS = "JanFebMarAprMayJunJulAugSepOctNovDec";
+const HTTP_DATES = [
+  /^\w{3}, (?<day>\d\d) (?<month>\w{3}) (?<year>\d{4}) (?<h>\d\d):(?<m>\d\d):(?<s>\d\d) GMT$/, // IMF-fixdate
+  /^\w{6,9}, (?<day>\d\d)-(?<month>\w{3})-(?<year>\d\d) (?<h>\d\d):(?<m>\d\d):(?<s>\d\d) GMT$/, // RFC 850
+  /^\w{3} (?<month>\w{3}) (?<day>[\d ]\d) (?<h>\d\d):(?<m>\d\d):(?<s>\d\d) (?<year>\d{4})$/, // asctime
+];
+
+/** The three forms of RFC 9110 §5.6.7, as milliseconds; NaN for anything else. */
+function parseDate(text: string): number {
+  for (const form of HTTP_DATES) {
+    const part = form.exec(text)?.groups;
+    if (part === undefined) continue;
+    const month = MONTHS.indexOf(part.month!) / 3, [day, h, m, s] = [part.day, part.h, part.m, part.s].map(Number);
+    let year = Number(part.year);
+    // A year of two digits is the nearest that is less than 50 years ahead.
+    if (part.year!.length === 2) {
+      const now = new Date().getUTCFullYear();
+      year += now - now % 100;
+      if (year > now + 50) year -= 100;
+    }
+    const time = Date.UTC(year, month, day, h, m, s);
+    const sound = Number.isInteger(month) && new Date(time).getUTCDate() === day && h! < 24 && m! < 60 && s! < 61;
+    return sound ? time : NaN;
   }
+  return NaN;
 }
+
+/** Text without the white space of HTTP at its ends (RFC 9110 §5.6.3); in linear time, unlike a pattern. */
+function trimSpace(text: string): string {
+  let start = 0, end = text.length;
+  while (start < end && (text[start] === " " || text[start] === "\t")) start++;
+  while (start < end && (text[end - 1] === " " || text[end - 1] === "\t")) end--;
+  return text.slice(start, end);
+}
+
+/** The members of a comma-separated list (RFC 9110 §5.6.1), trimmed, without the empty ones. */
+function parseList(value: string): string[] {
+  return value.split(",").map(trimSpace).filter((member) => member !== "");
+}
+
+const QUALITY = /^q=(?<quality>0(?:\.\d{0,3})?|1(?:\.0{0,3})?)$/i;
+
+/** An `Accept…` field (RFC 9110 §12.4.2): what is accepted, in lower case, with its quality; malformed members are ignored. */
+function parseAccept(value: string): Map<string, number> {
+  const qualities = new Map<string, number>();
+  for (const member of parseList(value)) {
+    const [item, ...parameters] = member.split(";").map(trimSpace);
+    const weight = parameters.find((parameter) => /^q=/i.test(parameter)) ?? "q=1";
+    const quality = QUALITY.exec(weight)?.groups?.quality;
+    if (item && quality !== undefined) qualities.set(item.toLowerCase(), Number(quality));
+  }
+  return qualities;
+}
+
+/** The media type of a Content-Type, without its parameters, in lower case (RFC 9110 §8.3.1). */
+function essenceOf(contentType: string): string {
+  return trimSpace(contentType.split(";", 1)[0]!).toLowerCase();
+}
+
+/** Text with what markup would take for its own made harmless. */
+function escapeMarkup(text: string): string {
+  return text.replace(/[&<>"']/g, (character) => `&#${character.charCodeAt(0)};`);
+}
+
+/** Text that is safe on a terminal and in one line of a log: no control characters, nothing that turns it about. */
+function escapeControls(text: string): string {
+  // deno-lint-ignore no-control-regex
+  return text.replace(/[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]/g, (character) => {
+    const code = character.charCodeAt(0);
+    return code < 256 ? `\\x${code.toString(16).padStart(2, "0")}` : `\\u${code.toString(16)}`;
+  });
+}
+
+/** The same for text that is still bytes: everything but printable ASCII. */
+function escapeWire(text: string): string {
+  return text.replace(/[^\x20-\x7e]/g, (byte) => `\\x${byte.charCodeAt(0).toString(16).padStart(2, "0")}`);
+}
+
+const UTF8_ENCODER = new TextEncoder(), UTF8_DECODER = new TextDecoder("utf-8", { ignoreBOM: true });
+
+/** Bytes as text, one character a byte: how heads are read and written (RFC 9112 §2.2). */
+function latin1(bytes: Uint8Array): string {
+  // Nearly always it is ASCII, which the platform's UTF-8 decoder reads fastest; what is not would come
+  // out shorter, or with U+FFFD in it.
+  const text = UTF8_DECODER.decode(bytes);
+  if (text.length === bytes.length && !text.includes("\uFFFD")) return text;
+  let exact = "";
+  for (let at = 0; at < bytes.length; at += 4096) exact += String.fromCharCode(...bytes.subarray(at, at + 4096));
+  return exact;
+}
+
+/** The opposite of `latin1`. */
+function latin1Bytes(text: string): Uint8Array<ArrayBuffer> {
+  const bytes = allocate(text.length);
+  writeLatin1(text, bytes);
+  return bytes;
+}
+
+function writeLatin1(text: string, bytes: Uint8Array): void {
+  const { read, written } = UTF8_ENCODER.encodeInto(text, bytes);
+  if (read === text.length && written === text.length) return;
+  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+}
+
+/** In bytes. As long as one cut of it is in use, all of it is. */
+const SLAB_SIZE = 32 * 1024;
+/** Small buffers are cut from a larger one, since each of its own would cost more than what is written into it. */
+let slab = new Uint8Array(0);
+
+/** A new buffer of that length; what it contains is for the caller to write. */
+function allocate(length: number): Uint8Array<ArrayBuffer> {
+  if (length > 4096) return new Uint8Array(length);
+  if (length > slab.length) slab = new Uint8Array(SLAB_SIZE);
+  const bytes = slab.subarray(0, length);
+  slab = slab.subarray(length);
+  return bytes;
+}
+
+function concat(parts: readonly Uint8Array[]): Uint8Array<ArrayBuffer> {
+  const whole = allocate(parts.reduce((sum, part) => sum + part.length, 0));
+  let at = 0;
+  for (const part of parts) whole.set(part, at), at += part.length;
+  return whole;
+}
+
+/** Makes a value when it is first asked for. */
+function lazily<T>(make: () => T): () => T {
+  let made: { readonly value: T } | undefined;
+  return () => (made ??= { value: make() }).value;
+}
+
+// ── Log ──────────────────────────────────────────────────────────────────────────────────────────
+// What happened, a line each, written beside the answers and not before them.
 
 /** Most text of the log that waits for a slow reader, in characters; what comes then is counted and dropped. */
 const LOG_LIMIT = 4 * 1024 * 1024;
@@ -4376,8 +4144,268 @@ async function writeStandardError(lines: string): Promise<void> {
   for (let sent = 0; sent < bytes.length;) sent += await Deno.stderr.write(bytes.subarray(sent));
 }
 
-// ── Command line ────────────────────────────────────────────────────────────────────────────────
-// A caller of `serve` like any other: it reads options, starts, prints the address, and stops on a signal.
+// ── Workers ──────────────────────────────────────────────────────────────────────────────────────
+// Threads that share one port, each a server of its own: this module again, as a Web Worker.
+
+/** How long to wait before a worker that died is replaced, in milliseconds. */
+const RESTART_DELAY = 200;
+
+/** What a worker tells the main thread. */
+type WorkerReport =
+  | { readonly kind: "listening"; readonly addr: Deno.NetAddr }
+  | { readonly kind: "failed"; readonly reason: string }
+  | { readonly kind: "log"; readonly lines: string }
+  | { readonly kind: "stopped" };
+
+/** A server of several threads that share one port: the system spreads connections over them. */
+async function startWorkers(options: ServeOptions, count: number): Promise<Server> {
+  const log = new Log("none"), workers = new Set<Worker>(), stopped = Promise.withResolvers<void>();
+  let draining = false;
+  const ended = (worker: Worker) => {
+    worker.terminate();
+    workers.delete(worker);
+    if (draining && workers.size === 0) stopped.resolve();
+  };
+  const start = (port: number) =>
+    new Promise<Deno.NetAddr>((resolve, reject) => {
+      const worker = new Worker(import.meta.url, { type: "module", name: "charserve" });
+      workers.add(worker);
+      worker.onmessage = ({ data }: MessageEvent<WorkerReport>) => {
+        if (data.kind === "log") log.append(data.lines);
+        else if (data.kind === "listening") resolve(data.addr);
+        else if (data.kind === "failed") reject(new Error(data.reason));
+        else ended(worker);
+      };
+      worker.onerror = (event) => {
+        event.preventDefault();
+        ended(worker);
+        log.line(`a worker died: ${event.message}`);
+        const replace = () => draining || start(port).catch((error) => log.line(messageOf(error)));
+        setTimeout(replace, RESTART_DELAY);
+      };
+      worker.postMessage({ ...options, port });
+    });
+  // The first one finds the port, if any will do.
+  const addr = await start(options.port ?? DEFAULTS.port);
+  await Promise.all(Array.from({ length: count - 1 }, () => start(addr.port)));
+  const finished = stopped.promise.then(() => log.close());
+  const shutdown = (grace: number = 0) => {
+    draining = true;
+    for (const worker of workers) worker.postMessage({ stop: grace });
+    return finished;
+  };
+  return { addr, finished, shutdown, [Symbol.asyncDispose]: () => shutdown() };
+}
+
+/** The other side: a thread that serves until it is told to stop. */
+async function runWorker(): Promise<void> {
+  const main = globalThis as unknown as Worker;
+  const report = (message: WorkerReport) => main.postMessage(message);
+  const { promise, resolve } = Promise.withResolvers<ServeOptions>();
+  const stop = Promise.withResolvers<number>();
+  main.onmessage = ({ data }) => "stop" in data ? stop.resolve(data.stop) : resolve(data);
+  const options = await promise;
+  try {
+    const onLog = (lines: string) => report({ kind: "log", lines });
+    const server = serve({ ...options, routes: routesFor(options), reusePort: true, onLog });
+    report({ kind: "listening", addr: server.addr as Deno.NetAddr });
+    await server.shutdown(await stop.promise);
+    report({ kind: "stopped" });
+  } catch (error) {
+    report({ kind: "failed", reason: explainFailure(error, options) });
+  }
+}
+
+/** Sharing a port is unstable in Deno, and a thread reads this module again. */
+function checkWorkersAllowed(): void {
+  // Deno ends the process when an unstable API is used without its flag: better to ask first.
+  if (!("listenDatagram" in Deno)) throw new Error("--workers needs deno run --unstable-net");
+  const { protocol } = new URL(import.meta.url);
+  const path = new URL(import.meta.url);
+  if (protocol === "file:" && Deno.permissions.querySync({ name: "read", path }).state !== "granted") {
+    throw new Error("--workers needs deno run --allow-read, since each thread loads server.ts");
+  }
+}
+
+// ── Options and command line ─────────────────────────────────────────────────────────────────────
+// Each option is one row. The row gives its name, how it is read, its default and its line of help;
+// the command line, `serve()` and README follow from this table.
+
+const VERSION = "0.1.0";
+
+/** Thrown for what a person typed wrongly; ends in one line on standard error. */
+class UsageError extends Error {}
+
+interface Option<T> {
+  /** How it is written, as `--help` shows it: `-p, --port <port>`; a flag has no `<value>`. */
+  readonly usage: string;
+  readonly help: string;
+  /** Makes the value of what was typed; throws `UsageError` that says what would have been right. */
+  readonly read: (text: string) => T;
+  /** As it would be typed. */
+  readonly initial?: string | undefined;
+  /** May be given several times: its value is a list. */
+  readonly many?: boolean;
+}
+
+const one = <T>(read: (text: string) => T, usage: string, help: string): Option<T | undefined> => ({
+  usage,
+  help,
+  read,
+});
+const initially = <T>(initial: string, read: (text: string) => T, usage: string, help: string): Option<T> => ({
+  usage,
+  help,
+  read,
+  initial,
+});
+const many = <T>(read: (text: string) => T, usage: string, help: string): Option<readonly T[]> & { many: true } => ({
+  usage,
+  help,
+  read: read as never,
+  many: true,
+});
+const flag = (usage: string, help: string): Option<boolean> => ({
+  usage,
+  help,
+  read: (text) => text === "true",
+  initial: "false",
+});
+
+// deno-fmt-ignore
+const OPTIONS = {
+  port: initially("8000", integer(0, 65535), "-p, --port <port>", "0 takes any free port"),
+  host: initially("127.0.0.1", String, "--host <address>", "0.0.0.0 or :: lets other machines in"),
+  unix: one(String, "--unix <path>", "listen on a Unix socket instead"),
+  cert: one(String, "--cert <file>", "HTTPS: the certificate, in PEM"),
+  key: one(String, "--key <file>", "HTTPS: its private key, in PEM"),
+  workers: initially("1", workerCount, "--workers <n>", "threads that share the port; auto is one a core"),
+  allowHost: many(hostName, "--allow-host <name>", "a host name to answer to besides the address listened on; * is any"),
+  body: one(String, "--body <text>", "answer every GET with this text; - reads it from standard input"),
+  charset: one(encodingOption, "-c, --charset <label>", "send text in this charset"),
+  sourceCharset: initially("auto", orWord("auto", encodingOption), "--source-charset <label>", "the charset that files are stored in"),
+  declare: one(label, "--declare <label>", "what Content-Type claims, if not the truth; none claims nothing"),
+  unmappable: initially("auto", oneOf("auto", "html", "replacement", "fatal"), "--unmappable <mode>", "for what the charset lacks: html writes &#N;, replacement ?, fatal refuses"),
+  header: many(fieldLine, "--header <field>", '"Name: value" on every response'),
+  cors: flag("--cors", "let scripts of other sites read: Access-Control-Allow-Origin: *"),
+  fallback: one(String, "--fallback <file>", "answer what is not found with this file of ROOT"),
+  noListing: flag("--no-listing", "no folder listings"),
+  dotfiles: flag("--dotfiles", "serve names that begin with a dot"),
+  trustProxy: flag("--trust-proxy", "log the client that X-Forwarded-For or Forwarded names"),
+  log: initially("common", oneOf("common", "wire", "none"), "--log <form>", "common (Common Log Format + charset), wire (every head), none"),
+  headerTimeout: initially("10s", duration, "--header-timeout <time>", "longest wait for a whole request head"),
+  idleTimeout: initially("60s", duration, "--idle-timeout <time>", "longest silence of a client"),
+  maxConnections: initially("1000", integer(1, 1_000_000), "--max-connections <n>", "connections at once; the next one gets 503"),
+  maxBody: initially("1MiB", byteSize, "--max-body <size>", "longest content of a request"),
+  help: flag("-h, --help", "show this and exit"),
+  version: flag("-V, --version", "show the version and exit"),
+};
+
+type OptionName = keyof typeof OPTIONS;
+type Settings = {
+  readonly [K in OptionName]: (typeof OPTIONS)[K] extends Option<infer T> ? T : never;
+};
+
+/** The defaults of the table, as `serve()` starts from them. */
+const DEFAULTS = Object.fromEntries(
+  Object.entries<Option<unknown>>(OPTIONS).map(([name, { initial, many, read }]) => [
+    name,
+    many ? [] : initial === undefined ? undefined : read(initial),
+  ]),
+) as unknown as Settings;
+
+function integer(least: number, most: number) {
+  return (text: string): number => {
+    const value = /^\d{1,9}$/.test(text) ? Number(text) : NaN;
+    if (value >= least && value <= most) return value;
+    throw new UsageError(`expected a whole number from ${least} to ${most}`);
+  };
+}
+
+/** Reads `8`, `auto`: as many threads as there are cores. */
+function workerCount(text: string): number {
+  return text === "auto" ? navigator.hardwareConcurrency : integer(1, 256)(text);
+}
+
+/** Reads `10s`, `500ms`, `2m` or `10` (seconds). Returns milliseconds. */
+function duration(text: string): number {
+  const match = /^(\d{1,6}(?:\.\d{1,3})?)(ms|s|m)?$/.exec(text);
+  const value = Number(match?.[1]) * { ms: 1, s: 1000, m: 60_000 }[match?.[2] as "ms" ?? "s"];
+  if (value >= 1) return value;
+  throw new UsageError(`expected a time such as 10s, 500ms or 2m`);
+}
+
+/** Reads `1MiB`, `64KiB` or `1000` (bytes). Returns bytes. */
+function byteSize(text: string): number {
+  const match = /^(\d{1,9})(KiB|MiB|GiB)?$/i.exec(text);
+  if (match === null) throw new UsageError(`expected a size such as 1MiB, 64KiB or 1000`);
+  const unit = { kib: 2 ** 10, mib: 2 ** 20, gib: 2 ** 30 }[match[2]?.toLowerCase() as "kib"] ?? 1;
+  return Number(match[1]) * unit;
+}
+
+function oneOf<const W extends string>(...words: W[]) {
+  return (text: string): W => {
+    if (words.includes(text as W)) return text as W;
+    throw new UsageError(`expected ${words.join(", ")}${didYouMean(text, words)}`);
+  };
+}
+
+function orWord(word: string, read: (text: string) => string) {
+  return (text: string): string => text === word ? word : read(text);
+}
+
+function encodingOption(text: string): string {
+  try {
+    return encodingOf(text);
+  } catch (error) {
+    throw new UsageError((error as Error).message);
+  }
+}
+
+/** A label need not exist to be declared: testers want wrong ones. It must only be a token. */
+function label(text: string): string {
+  if (TOKEN.test(text)) return text;
+  throw new UsageError("expected a label such as gbk, or none");
+}
+
+function hostName(text: string): string {
+  if (text === "*" || HOST.test(text)) return text.toLowerCase();
+  throw new UsageError("expected a host name such as example.com, without a port, or *");
+}
+
+/** Reads `Name: value`. Framing is the server's own: its fields are refused. */
+function fieldLine(text: string): Field {
+  const { name, value } = FIELD_LINE.exec(text)?.groups ?? {};
+  if (name === undefined || value === undefined) throw new UsageError('expected "Name: value"');
+  if (FRAMING_FIELDS.has(name.toLowerCase())) throw new UsageError(`${name} is the server's to write`);
+  return [name, value];
+}
+
+/** `, did you mean X?` for the candidate with the least edit distance, if one is near. */
+function didYouMean(typed: string, candidates: readonly string[]): string {
+  if (typed.length > 40) return ""; // Nobody means that, and comparing it would take long.
+  let best = "", least = Math.max(2, typed.length / 3);
+  for (const candidate of candidates) {
+    const distance = editDistance(typed.toLowerCase(), candidate);
+    if (distance <= least && (distance < least || best === "")) [best, least] = [candidate, distance];
+  }
+  return best && `, did you mean ${best}?`;
+}
+
+/** Insertions, removals, replacements and swaps of neighbours that make `a` into `b`. */
+function editDistance(a: string, b: string): number {
+  let [before, last] = [[] as number[], Array.from({ length: b.length + 1 }, (_, j) => j)];
+  for (let i = 1; i <= a.length; i++) {
+    const row = [i];
+    for (let j = 1; j <= b.length; j++) {
+      const change = a[i - 1] === b[j - 1] ? 0 : 1;
+      row[j] = Math.min(last[j]! + 1, row[j - 1]! + 1, last[j - 1]! + change);
+      if (a[i - 1] === b[j - 2] && a[i - 2] === b[j - 1]) row[j] = Math.min(row[j]!, before[j - 2]! + 1);
+    }
+    [before, last] = [last, row];
+  }
+  return last[b.length]!;
+}
 
 const SYNOPSIS = "deno run --allow-net [--allow-read] server.ts [OPTIONS] [ROOT]";
 
@@ -4552,17 +4580,6 @@ async function removeStaleSocket(path: string): Promise<void> {
   } catch (error) {
     const isSocket = error instanceof Deno.errors.ConnectionRefused && (await Deno.lstat(path)).isSocket;
     if (isSocket) await Deno.remove(path);
-  }
-}
-
-/** Sharing a port is unstable in Deno, and a thread reads this module again. */
-function checkWorkersAllowed(): void {
-  // Deno ends the process when an unstable API is used without its flag: better to ask first.
-  if (!("listenDatagram" in Deno)) throw new Error("--workers needs deno run --unstable-net");
-  const { protocol } = new URL(import.meta.url);
-  const path = new URL(import.meta.url);
-  if (protocol === "file:" && Deno.permissions.querySync({ name: "read", path }).state !== "granted") {
-    throw new Error("--workers needs deno run --allow-read, since each thread loads server.ts");
   }
 }
 
