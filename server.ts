@@ -102,16 +102,22 @@ export interface ServeOptions {
   header?: readonly (readonly [name: string, value: string])[];
   /** Sends `Access-Control-Allow-Origin: *` and answers preflights. @default {false} */
   cors?: boolean;
+  /** Asks for one of these, each `name:password`, as Basic authentication does (RFC 7617). */
+  auth?: readonly string[];
   /** File of `root` that answers, with 200, what is not found (single-page applications). */
   fallback?: string | undefined;
   /** Never lists folders. @default {false} */
   noListing?: boolean;
   /** Serves names that begin with a dot. @default {false} */
   dotfiles?: boolean;
+  /** Follows symbolic links that lead out of `root`, too. @default {false} */
+  followLinks?: boolean;
+  /** Media types by extension: `{ ".log": "text/plain" }`; they win over the server's own. */
+  type?: Readonly<Record<string, string>>;
   /** Logs the client that `X-Forwarded-For` or `Forwarded` names. @default {false} */
   trustProxy?: boolean;
   /** Form of the log. @default {"none"} */
-  log?: "common" | "wire" | "none";
+  log?: "common" | "combined" | "wire" | "none";
   /** Takes the log's text, whole lines at a time; without it standard error does. */
   onLog?: (lines: string) => void;
   /** Longest wait for a whole request head, in milliseconds. @default {10000} */
@@ -4228,91 +4234,122 @@ function checkWorkersAllowed(): void {
 }
 
 // ── Options and command line ─────────────────────────────────────────────────────────────────────
-// Each option is one row. The row gives its name, how it is read, its default and its line of help;
-// the command line, `serve()` and README follow from this table.
+// Each option is one row: how it is written, what it means, how it is read, what it starts as, and what it
+// goes with. The command line, `--help`, `serve()` and README follow from this table.
 
 const VERSION = "0.1.0";
 
 /** Thrown for what a person typed wrongly; ends in one line on standard error. */
 class UsageError extends Error {}
 
-interface Option<T> {
-  /** How it is written, as `--help` shows it: `-p, --port <port>`; a flag has no `<value>`. */
-  readonly usage: string;
-  readonly help: string;
-  /** Makes the value of what was typed; throws `UsageError` that says what would have been right. */
-  readonly read: (text: string) => T;
-  /** As it would be typed. */
-  readonly initial?: string | undefined;
-  /** May be given several times: its value is a list. */
-  readonly many?: boolean;
-}
+/** RFC 7617 §2: no colon in the name, no control characters. An empty password is most likely a mistake. */
+const CREDENTIALS = /^[^:\p{Cc}]+:\P{Cc}+$/u;
+/** How long the package that splits the arguments may take to come, in milliseconds. */
+const PACKAGE_PATIENCE = 2000;
+/** No literal where it is imported: Deno would look for that before the first line runs, and wait for the network. */
+const ARGUMENTS_PACKAGE = "jsr:@std/cli@^1/parse-args";
 
-const one = <T>(read: (text: string) => T, usage: string, help: string): Option<T | undefined> => ({
-  usage,
-  help,
-  read,
-});
-const initially = <T>(initial: string, read: (text: string) => T, usage: string, help: string): Option<T> => ({
-  usage,
-  help,
-  read,
-  initial,
-});
-const many = <T>(read: (text: string) => T, usage: string, help: string): Option<readonly T[]> & { many: true } => ({
-  usage,
-  help,
-  read: read as never,
-  many: true,
-});
-const flag = (usage: string, help: string): Option<boolean> => ({
-  usage,
-  help,
-  read: (text) => text === "true",
-  initial: "false",
-});
+interface Option {
+  /** Title of the group that begins with this option. */
+  readonly group?: string;
+  /** How it is written, as `--help` shows it: `-p, --port <port>`; a switch has no `<value>`. */
+  readonly usage: string;
+  /** What it is; then, after semicolons, what its special values do. */
+  readonly help: string;
+  /** Makes the value of what was typed; throws `UsageError` that says what would have been right. Switches have none. */
+  readonly read?: (text: string) => unknown;
+  readonly initial?: unknown;
+  /** May be given several times: its values make a list, or one record. */
+  readonly many?: "list" | "record";
+  /** What it does nothing without, and what it contradicts: other options, or ROOT. */
+  readonly needs?: string;
+  readonly excludes?: readonly string[];
+  /** What was typed must not be shown to anybody. */
+  readonly secret?: boolean;
+}
 
 // deno-fmt-ignore
 const OPTIONS = {
-  port: initially("8000", integer(0, 65535), "-p, --port <port>", "0 takes any free port"),
-  host: initially("127.0.0.1", String, "--host <address>", "0.0.0.0 or :: lets other machines in"),
-  unix: one(String, "--unix <path>", "listen on a Unix socket instead"),
-  cert: one(String, "--cert <file>", "HTTPS: the certificate, in PEM"),
-  key: one(String, "--key <file>", "HTTPS: its private key, in PEM"),
-  workers: initially("1", workerCount, "--workers <n>", "threads that share the port; auto is one a core"),
-  allowHost: many(hostName, "--allow-host <name>", "a host name to answer to besides the address listened on; * is any"),
-  body: one(String, "--body <text>", "answer every GET with this text; - reads it from standard input"),
-  charset: one(encodingOption, "-c, --charset <label>", "send text in this charset"),
-  sourceCharset: initially("auto", orWord("auto", encodingOption), "--source-charset <label>", "the charset that files are stored in"),
-  declare: one(label, "--declare <label>", "what Content-Type claims, if not the truth; none claims nothing"),
-  unmappable: initially("auto", oneOf("auto", "html", "replacement", "fatal"), "--unmappable <mode>", "for what the charset lacks: html writes &#N;, replacement ?, fatal refuses"),
-  header: many(fieldLine, "--header <field>", '"Name: value" on every response'),
-  cors: flag("--cors", "let scripts of other sites read: Access-Control-Allow-Origin: *"),
-  fallback: one(String, "--fallback <file>", "answer what is not found with this file of ROOT"),
-  noListing: flag("--no-listing", "no folder listings"),
-  dotfiles: flag("--dotfiles", "serve names that begin with a dot"),
-  trustProxy: flag("--trust-proxy", "log the client that X-Forwarded-For or Forwarded names"),
-  log: initially("common", oneOf("common", "wire", "none"), "--log <form>", "common (Common Log Format + charset), wire (every head), none"),
-  headerTimeout: initially("10s", duration, "--header-timeout <time>", "longest wait for a whole request head"),
-  idleTimeout: initially("60s", duration, "--idle-timeout <time>", "longest silence of a client"),
-  maxConnections: initially("1000", integer(1, 1_000_000), "--max-connections <n>", "connections at once; the next one gets 503"),
-  maxBody: initially("1MiB", byteSize, "--max-body <size>", "longest content of a request"),
-  help: flag("-h, --help", "show this and exit"),
-  version: flag("-V, --version", "show the version and exit"),
-};
+  body: { group: "What to serve", usage: "--body <text>", read: String, excludes: ["root"],
+    help: "text that answers every GET, in place of ROOT; -: read it from standard input" },
+  fallback: { usage: "--fallback <file>", read: String, needs: "root",
+    help: "file of ROOT that answers for pages not found (single-page applications)" },
+  noListing: { usage: "--no-listing", initial: false, needs: "root", help: "do not list folders" },
+  dotfiles: { usage: "--dotfiles", initial: false, needs: "root", help: "serve names that begin with a dot" },
+  followLinks: { usage: "--follow-links", initial: false, needs: "root",
+    help: "symbolic links may lead out of ROOT" },
+  type: { usage: "--type <.ext=type>", read: extensionType, many: "record", needs: "root",
+    help: "media type of an extension: .log=text/plain; may be repeated" },
+
+  charset: { group: "Charsets", usage: "-c, --charset <label>", read: encodingOption,
+    help: "charset to send text in; without it, files keep theirs, and other text is UTF-8" },
+  sourceCharset: { usage: "--source-charset <label>", read: orWord("auto", encodingOption), initial: "auto", needs: "root",
+    help: "charset of files that do not say theirs" },
+  declare: { usage: "--declare <label>", read: label,
+    help: "charset that Content-Type claims, true or not; none: claim nothing" },
+  unmappable: { usage: "--unmappable <mode>", read: oneOf("auto", "html", "replacement", "fatal"), initial: "auto",
+    help: "what becomes of a character that the charset lacks; html: &#N;, replacement: ?, fatal: 500; " +
+      "auto: html in HTML and XML, replacement elsewhere" },
+
+  port: { group: "Network", usage: "-p, --port <port>", read: integer(0, 65535), initial: 8000,
+    help: "TCP port to listen on; 0: any free one" },
+  host: { usage: "--host <address>", read: String, initial: "127.0.0.1",
+    help: "address to listen on; 0.0.0.0 or :: lets other machines in" },
+  unix: { usage: "--unix <path>", read: String, excludes: ["port", "host", "cert", "key", "workers"],
+    help: "Unix socket to listen on, in place of a port" },
+  cert: { usage: "--cert <file>", read: String, needs: "key", help: "certificate in PEM: speak HTTPS" },
+  key: { usage: "--key <file>", read: String, needs: "cert", help: "private key of the certificate, in PEM" },
+  workers: { usage: "--workers <n>", read: workerCount, initial: 1,
+    help: "threads that share the port; auto: one a core" },
+
+  allowHost: { group: "Access", usage: "--allow-host <name>", read: hostName, many: "list",
+    help: "host name to answer to, besides the address listened on; *: any; may be repeated" },
+  auth: { usage: "--auth <name:password>", read: credentials, many: "list", secret: true,
+    help: "name and password to ask for; @file: read them from a file, one a line; may be repeated" },
+  cors: { usage: "--cors", initial: false, help: "let scripts of other sites read the answers" },
+  header: { usage: "--header <field>", read: fieldLine, many: "list",
+    help: '"Name: value" to send with every answer; may be repeated' },
+  trustProxy: { usage: "--trust-proxy", initial: false,
+    help: "log the client that X-Forwarded-For or Forwarded names" },
+
+  headerTimeout: { group: "Limits", usage: "--header-timeout <time>", read: duration, initial: 10_000,
+    help: "longest wait for a request head" },
+  idleTimeout: { usage: "--idle-timeout <time>", read: duration, initial: 60_000, help: "longest silence of a client" },
+  maxConnections: { usage: "--max-connections <n>", read: integer(1, 1_000_000), initial: 1000,
+    help: "most connections at once; the next one gets 503" },
+  maxBody: { usage: "--max-body <size>", read: byteSize, initial: 2 ** 20, help: "longest content of a request" },
+
+  log: { group: "The program", usage: "--log <form>", read: oneOf("common", "combined", "wire", "none"), initial: "common",
+    help: "form of the log on standard error; common: Common Log Format, and the charset; " +
+      "combined: Referer and User-Agent, too; wire: every head, > from the client, < to it; none: no log" },
+  help: { usage: "-h, --help", initial: false, help: "show this and exit" },
+  version: { usage: "-V, --version", initial: false, help: "show the version and exit" },
+} satisfies Record<string, Option>;
 
 type OptionName = keyof typeof OPTIONS;
-type Settings = {
-  readonly [K in OptionName]: (typeof OPTIONS)[K] extends Option<infer T> ? T : never;
-};
+type SettingOf<Row> = Row extends { read: (text: string) => infer Value }
+  ? Row extends { many: "list" } ? readonly Value[] : Row extends { initial: unknown } | { many: "record" } ? Value
+  : Value | undefined
+  : boolean;
+type Settings = { readonly [Name in OptionName]: SettingOf<(typeof OPTIONS)[Name]> };
+type CommandLine = Settings & { readonly root: string | undefined };
 
 /** The defaults of the table, as `serve()` starts from them. */
 const DEFAULTS = Object.fromEntries(
-  Object.entries<Option<unknown>>(OPTIONS).map(([name, { initial, many, read }]) => [
-    name,
-    many ? [] : initial === undefined ? undefined : read(initial),
+  Object.entries<Option>(OPTIONS).map(([key, { many, initial }]) => [
+    key,
+    many === undefined ? initial : many === "list" ? [] : {},
   ]),
 ) as unknown as Settings;
+
+/** The rows, with their keys and the ways to write them: `--port`, `-p`. */
+const optionRows = lazily(() =>
+  Object.entries<Option>(OPTIONS).map(([key, option]) => {
+    const [long = "", short] = option.usage.replace(/ <.*/, "").split(", ").reverse();
+    return { ...option, key: key as OptionName, long, short };
+  })
+);
+type OptionRow = ReturnType<typeof optionRows>[number];
 
 function integer(least: number, most: number) {
   return (text: string): number => {
@@ -4381,10 +4418,33 @@ function fieldLine(text: string): Field {
   return [name, value];
 }
 
+/** Reads `.log=text/plain`. */
+function extensionType(text: string): Readonly<Record<string, string>> {
+  const [, extension, type = ""] = /^(\.[^.=/\\\s]+)=(.*)$/s.exec(text) ?? [];
+  if (extension !== undefined && MEDIA_TYPE.test(type)) return { [extension.toLowerCase()]: type.toLowerCase() };
+  throw new UsageError("expected an extension and its type, such as .log=text/plain");
+}
+
+/** Reads `name:password`, or `@file`, whose lines are read at start. What is wrong with it is said without it. */
+function credentials(text: string): string {
+  if (CREDENTIALS.test(text) || /^@./s.test(text)) return text;
+  throw new UsageError("expected name:password, neither of them empty, or @file");
+}
+
+/** The credentials in a file, one a line. A file without any would let everybody in: it is refused. */
+async function readCredentials(path: string): Promise<readonly string[]> {
+  const lines = (await Deno.readTextFile(path)).replace(/^\uFEFF/, "").split(/\r?\n/);
+  const wrong = lines.findIndex((line) => line !== "" && !CREDENTIALS.test(line));
+  if (wrong >= 0) throw new UsageError(`${path}, line ${wrong + 1}: expected name:password`);
+  const given = lines.filter((line) => line !== "");
+  if (given.length === 0) throw new UsageError(`${path}: expected name:password, one a line`);
+  return given;
+}
+
 /** `, did you mean X?` for the candidate with the least edit distance, if one is near. */
 function didYouMean(typed: string, candidates: readonly string[]): string {
   if (typed.length > 40) return ""; // Nobody means that, and comparing it would take long.
-  let best = "", least = Math.max(2, typed.length / 3);
+  let best = "", least = Math.floor(typed.length / 3);
   for (const candidate of candidates) {
     const distance = editDistance(typed.toLowerCase(), candidate);
     if (distance <= least && (distance < least || best === "")) [best, least] = [candidate, distance];
@@ -4407,111 +4467,181 @@ function editDistance(a: string, b: string): number {
   return last[b.length]!;
 }
 
-const SYNOPSIS = "deno run --allow-net [--allow-read] server.ts [OPTIONS] [ROOT]";
-
-/** `--help`, from the table of options. */
+/** `--help`, from the table of options: 80 columns wide. */
 function helpText(): string {
-  const rows = Object.values<Option<unknown>>(OPTIONS).map(({ usage, help, initial }) => {
-    const shown = initial === undefined || initial === "false" ? "" : ` (${initial})`;
-    return `  ${(usage.startsWith("-") && usage[1] !== "-" ? usage : "    " + usage).padEnd(32)}${help}${shown}`;
-  });
-  return `${SYNOPSIS}\n\nServes ROOT, a folder or a file, in any charset; without it, the charset lab.\n\n${
-    rows.join("\n")
-  }\n`;
+  const program = Deno.build.standalone
+    ? Deno.execPath().split(/[/\\]/).at(-1)
+    : "deno run --allow-net [--allow-read] server.ts";
+  return `${program} [OPTIONS] [ROOT]
+
+Serves ROOT, a folder or a file, with its text in any charset.
+Without ROOT, serves the charset lab.
+${optionRows().map(helpOf).join("")}`;
 }
 
-/** `--name` of an option: its key in the table, with hyphens. */
-function flagName(key: string): string {
-  return key.replace(/[A-Z]/g, (letter) => "-" + letter.toLowerCase());
+function helpOf({ group, usage, short, help, initial }: OptionRow): string {
+  const shown = usage.includes("<time>")
+    ? `${Number(initial) / 1000}s`
+    : usage.includes("<size>")
+    ? `${Number(initial) / 2 ** 20}MiB`
+    : initial;
+  const meaning = typeof shown === "boolean" || shown === undefined
+    ? help
+    : help.replace(/;|$/, ` (default ${shown})$&`);
+  const lines = meaning.match(/\S.{0,46}(?!\S)/g)!;
+  const title = group === undefined ? "" : `\n${group}:\n`;
+  return title + `  ${short ? "" : "    "}${usage}`.padEnd(32) + lines.join("\n".padEnd(33)) + "\n";
+}
+
+/** What was typed: the options as they are written (`-p`, `--port`), with their values or "", and the other words. */
+interface Typed {
+  readonly options: readonly (readonly [flag: string, value: string])[];
+  readonly words: readonly string[];
+}
+
+/** As much of `@std/cli/parse-args` as is used. */
+interface ArgumentsPackage {
+  parseArgs(args: readonly string[], options: {
+    unknown: (argument: string, key: string | undefined, value: unknown) => unknown;
+  }): { readonly _: readonly (string | number)[] };
+}
+
+/** Splits the arguments with `@std/cli`, or, where that is not to be had at once, with what is part of Deno. */
+async function splitArguments(args: readonly string[]): Promise<Typed> {
+  const { promise: late, resolve } = Promise.withResolvers<undefined>();
+  const timer = setTimeout(() => resolve(undefined), PACKAGE_PATIENCE);
+  const loading: Promise<ArgumentsPackage | undefined> = import(ARGUMENTS_PACKAGE).catch(() => undefined);
+  const loaded = await Promise.race([loading, late]);
+  clearTimeout(timer);
+  return loaded === undefined ? splitByNode(await import("node:util"), args) : splitByPackage(loaded, args);
+}
+
+function splitByNode({ parseArgs }: typeof import("node:util"), args: readonly string[]): Typed {
+  const options = Object.fromEntries(
+    optionRows().map(({ long, short, read }) => [
+      long.slice(2),
+      { type: read ? "string" as const : "boolean" as const, ...(short && { short: short.slice(1) }) },
+    ]),
+  );
+  const { tokens = [], positionals } = parseArgs({
+    args: [...args],
+    options,
+    strict: false,
+    allowPositionals: true,
+    tokens: true,
+  });
+  return {
+    options: tokens.filter((token) => token.kind === "option").map(({ rawName, value = "", inlineValue }) => [
+      rawName,
+      // `-p=80`
+      inlineValue && !rawName.startsWith("--") ? value.replace(/^=/, "") : value,
+    ]),
+    words: positionals,
+  };
+}
+
+function splitByPackage({ parseArgs }: ArgumentsPackage, args: readonly string[]): Typed {
+  const options: [string, string][] = [];
+  const { _: words } = parseArgs(attachValues(args), {
+    // Told of every option that it does not know: of all. Of `--no-listing=x` and `--body=` it would make other keys.
+    unknown(argument, key, value) {
+      const flag = argument.startsWith("--") ? argument.replace(/(?<=.{3})=.*/s, "") : `-${key}`;
+      options.push([flag, typeof value === "string" ? value : ""]);
+      return false;
+    },
+  });
+  return { options, words: words.map(String) };
+}
+
+/**
+ * Writes options with a value as `--name=value`, and other words last: `@std/cli` would take `-cgbk` for four
+ * options, a value that begins with a hyphen for an option, and a word after a switch for its value.
+ */
+function attachValues(args: readonly string[]): string[] {
+  const options: string[] = [], words: string[] = [], rest = [...args];
+  const valued = optionRows().filter(({ read }) => read !== undefined);
+  const letters = valued.map(({ short = "" }) => short.slice(1)).join("");
+  const cluster = new RegExp(`^-([^-${letters}][^${letters}]*)([${letters}].*)?$`, "s");
+  for (let argument; (argument = rest.shift()) !== undefined && argument !== "--";) {
+    const text = argument, [, switches = "", last] = cluster.exec(text) ?? [];
+    const row = valued.find(({ long, short }) => text === long || short && text.startsWith(short));
+    const value = row === undefined || text === row.long ? "" : text.slice(2);
+    // `-hVp80` is `-h -V -p80`.
+    if (switches.length > 1 || last) rest.unshift(...[...switches, last ?? []].flat().map((letter) => `-${letter}`));
+    else if (row === undefined) (/^-./s.test(text) ? options : words).push(text);
+    else if (value !== "") options.push(`${row.long}=${value.replace(/^=/, "")}`);
+    else options.push(rest.length > 0 ? `${row.long}=${rest.shift()}` : row.long);
+  }
+  return [...options, "--", ...words, ...rest];
 }
 
 /** Reads the arguments by the table. Throws `UsageError`. */
-async function parseArguments(args: readonly string[]): Promise<Settings & { readonly root: string | undefined }> {
-  // Without arguments there is nothing to parse, and the package is not loaded.
-  if (args.length === 0) return { ...DEFAULTS, root: undefined };
-  // With its prefix, so that this file also works alone, without deno.json.
-  // deno-lint-ignore no-import-prefix
-  const { parseArgs } = await import("jsr:@std/cli@^1/parse-args");
-  const table = Object.entries<Option<unknown>>(OPTIONS).map(([key, row]) => ({ key, name: flagName(key), ...row }));
-  const valued = table.filter(({ usage }) => usage.includes("<")).map(({ name }) => name);
-  const parsed = parseArgs(attachValues(args, valued), {
-    string: [...valued, "_"],
-    boolean: table.filter(({ usage }) => !usage.includes("<")).map(({ name }) => name),
-    alias: Object.fromEntries(
-      table.filter(({ usage }) => usage[1] !== "-").map(({ name, usage }) => [usage[1]!, name]),
-    ),
-    collect: valued,
-    unknown: (argument: string, key?: string) => {
-      if (key === undefined) return true;
-      throw new UsageError(
-        `unknown option ${argument.replace(/=.*/s, "")}${
-          didYouMean(
-            flagged(key),
-            table.map(({ name }) => flagged(name)),
-          )
-        }`,
-      );
-    },
-  });
-  const given = parsed as unknown as Record<string, readonly string[] | boolean>;
-  const settings = table.map(({ key, name, read, many }) => {
-    const value = given[name]!;
-    if (typeof value === "boolean") return [key, value];
-    if (value.length > 1 && !many) throw new UsageError(`--${name} is given twice`);
-    const values = value.map((text) => readValue(name, text, read));
-    return [key, many ? values : values[0]];
-  });
-  const [root, more] = parsed._.map(String);
-  if (more !== undefined) throw new UsageError(`expected one ROOT, not also "${more}"`);
-  const chosen = Object.fromEntries(settings.filter(([, value]) => value !== undefined));
-  return { ...DEFAULTS, ...chosen, root } as Settings & { root: string | undefined };
-}
-
-const flagged = (name: string) => name.length === 1 ? `-${name}` : `--${name}`;
-
-/**
- * Writes `--name value` as `--name=value`, so that a value may begin with a hyphen, and puts options
- * with an empty value last: so `parseArgs` takes them for what they are.
- */
-function attachValues(args: readonly string[], valued: readonly string[]): string[] {
-  const attached: string[] = [], empty: string[] = [];
-  let i = 0;
-  for (; i < args.length && args[i] !== "--"; i++) {
-    const [, name, value] = /^--([^=]+)(?:=(.*))?$/s.exec(args[i]!) ?? [];
-    const given = value ?? (name !== undefined && valued.includes(name) ? args[++i] : undefined);
-    if (name === undefined || given === undefined) attached.push(name === undefined ? args[i]! : `--${name}`);
-    else if (given === "") empty.push(`--${name}`);
-    else attached.push(`--${name}=${given}`);
+async function parseArguments(args: readonly string[]): Promise<CommandLine> {
+  // Without arguments there is nothing to split, and nothing to load for that.
+  const { options, words: [root, more] } = args.length === 0 ? { options: [], words: [] } : await splitArguments(args);
+  const settings: Record<string, unknown> = { ...DEFAULTS, root }, given = new Set<string>();
+  for (const [flag, text] of options) {
+    const row = optionRows().find(({ long, short }) => flag === long || flag === short);
+    if (row === undefined) {
+      throw new UsageError(`unknown option ${flag}${didYouMean(flag, optionRows().map(({ long }) => long))}`);
+    }
+    const { key, long, many, read } = row, value = readValue(row, text);
+    if (given.has(key) && read && !many) throw new UsageError(`${long} is given twice`);
+    given.add(key);
+    if (many === "list") settings[key] = [...settings[key] as unknown[], value];
+    else settings[key] = many === "record" ? { ...settings[key] as object, ...value as object } : value;
   }
-  return [...attached, ...empty, ...args.slice(i)];
+  if (more !== undefined) throw new UsageError(`expected one ROOT, not also "${more}"`);
+  return settings as CommandLine;
 }
 
-function readValue(name: string, text: string, read: (text: string) => unknown): unknown {
-  if (text === "" && name !== "body") throw new UsageError(`--${name} needs a value`);
+function readValue({ key, long, read = readSwitch, secret }: OptionRow, text: string): unknown {
+  // An empty text can be served.
+  if (text === "" && read !== readSwitch && key !== "body") throw new UsageError(`${long} needs a value`);
   try {
     return read(text);
   } catch (error) {
-    throw new UsageError(`--${name} ${text}: ${(error as Error).message}`);
+    throw new UsageError(`${long}${secret ? "" : ` ${text}`}: ${(error as Error).message}`);
+  }
+}
+
+/** A switch is on when it is given; `--name=false` is understood, too. */
+function readSwitch(text: string): boolean {
+  if (["", "true", "false"].includes(text)) return text !== "false";
+  throw new UsageError("expected no value, or true, or false");
+}
+
+/** Refuses options that contradict each other, or do nothing without another. */
+function checkTogether(settings: CommandLine): void {
+  const initial: Record<string, unknown> = { ...DEFAULTS, root: undefined };
+  const isGiven = (key: string) => settings[key as OptionName] !== initial[key];
+  const nameOf = (key: string) => optionRows().find((row) => row.key === key)?.long ?? "ROOT";
+  for (const { long, needs, excludes = [] } of optionRows().filter(({ key }) => isGiven(key))) {
+    if (needs !== undefined && !isGiven(needs)) throw new UsageError(`${long} needs ${nameOf(needs)}`);
+    const other = excludes.find(isGiven);
+    if (other !== undefined) throw new UsageError(`${long} and ${nameOf(other)} contradict each other: leave one out`);
   }
 }
 
 /** Addresses that a person can open. */
 function urlsOf(addr: Deno.Addr, secure: boolean): string[] {
   if (addr.transport !== "tcp") return [`unix:${(addr as Deno.UnixAddr).path}`];
-  const scheme = secure ? "https" : "http";
-  const isAny = addr.hostname === "0.0.0.0" || addr.hostname === "::";
-  const hosts = isAny
-    ? ["localhost", ...ownAddresses()]
+  const hosts = isAnyAddress(addr)
+    ? ["localhost", ...(ownAddresses() ?? [])]
     : [addr.hostname === "127.0.0.1" ? "localhost" : addr.hostname];
+  const scheme = secure ? "https" : "http";
   return hosts.map((host) => `${scheme}://${host.includes(":") ? `[${host}]` : host}:${addr.port}/`);
 }
 
-/** This machine's addresses, if the permissions let us know them. */
-function ownAddresses(): string[] {
-  if (Deno.permissions.querySync({ name: "sys", kind: "networkInterfaces" }).state !== "granted") return [];
-  return Deno.networkInterfaces().filter(({ address }) => !/^(?:127\.|::1$|fe80)/.test(address)).map(({ address }) =>
-    address
-  );
+function isAnyAddress(addr: Deno.Addr): boolean {
+  return addr.transport === "tcp" && (addr.hostname === "0.0.0.0" || addr.hostname === "::");
+}
+
+/** This machine's addresses; undefined without the permission to know them. */
+function ownAddresses(): string[] | undefined {
+  if (Deno.permissions.querySync({ name: "sys", kind: "networkInterfaces" }).state !== "granted") return undefined;
+  return Deno.networkInterfaces().map(({ address }) => address)
+    .filter((address) => !/^(?:127\.|::1$|fe80)/.test(address));
 }
 
 /** What went wrong at start, in one line that says what to do. */
@@ -4524,7 +4654,9 @@ function explainFailure(error: unknown, settings: ServeOptions | undefined): str
   if (error instanceof Deno.errors.AddrNotAvailable) {
     return `${host} is no address of this machine: choose one with --host`;
   }
-  if (error instanceof Deno.errors.NotCapable) return message.replace(/, run again with the/, ": run deno with");
+  if (error instanceof Deno.errors.NotCapable) {
+    return message.replace(/, run again with the (\S+) flag/, ": run deno with $1");
+  }
   if (error instanceof Deno.errors.PermissionDenied) {
     return `not allowed to listen on ${place}${unix ? "" : ": ports below 1024 need rights"}`;
   }
@@ -4535,35 +4667,44 @@ function explainFailure(error: unknown, settings: ServeOptions | undefined): str
 }
 
 async function main(args: readonly string[]): Promise<void> {
-  let settings: Awaited<ReturnType<typeof parseArguments>> | undefined;
+  let settings: CommandLine | undefined;
   try {
     settings = await parseArguments(args);
-    if (settings.help) return console.log(helpText());
-    if (settings.version) return console.log(`charserve ${VERSION} (Deno ${Deno.version.deno})`);
-    const server = await start(settings);
-    stopOnSignal(server);
-    console.log(urlsOf(server.addr, settings.cert !== undefined).join("\n"));
-    await server.finished;
+    if (settings.help) console.log(helpText());
+    else if (settings.version) console.log(`charserve ${VERSION} (Deno ${Deno.version.deno})`);
+    else await run(settings);
+    // To come to an end would not do: a package that never arrives keeps the process waiting for it.
+    Deno.exit(0);
   } catch (error) {
     console.error(`charserve: ${escapeControls(explainFailure(error, settings))}`);
     Deno.exit(error instanceof UsageError ? 2 : 1);
   }
 }
 
+/** Serves until a signal ends it. */
+async function run(settings: CommandLine): Promise<void> {
+  const server = await start(settings);
+  stopOnSignal(server);
+  console.log(urlsOf(server.addr, settings.cert !== undefined).join("\n"));
+  if (isAnyAddress(server.addr) && ownAddresses() === undefined) {
+    console.error("charserve: other machines need this one's address; --allow-sys=networkInterfaces shows it here");
+  }
+  await server.finished;
+}
+
 /** Starts what the command line asks for. */
-async function start(settings: Awaited<ReturnType<typeof parseArguments>>): Promise<Server> {
-  const { cert, key, unix, workers } = settings;
-  if ((cert === undefined) !== (key === undefined)) throw new UsageError("--cert and --key go together");
+async function start(settings: CommandLine): Promise<Server> {
+  checkTogether(settings);
+  const { body, cert, key, auth, unix, workers } = settings;
   const options: ServeOptions = {
     ...settings,
-    body: settings.body === "-" ? await new Response(Deno.stdin.readable).text() : settings.body,
+    body: body === "-" ? await new Response(Deno.stdin.readable).text() : body,
     cert: cert && await Deno.readTextFile(cert),
     key: key && await Deno.readTextFile(key),
+    auth: (await Promise.all(auth.map((text) => text.startsWith("@") ? readCredentials(text.slice(1)) : text))).flat(),
   };
-  if (unix !== undefined && cert !== undefined) throw new UsageError("--cert and --key need a port, not a Unix socket");
   if (unix !== undefined) await removeStaleSocket(unix);
   if (workers === 1) return serve({ ...options, routes: routesFor(options) });
-  if (unix !== undefined) throw new UsageError("--workers share a port, not a Unix socket");
   checkWorkersAllowed();
   return await startWorkers(options, workers);
 }
@@ -4594,7 +4735,7 @@ function stopOnSignal(server: Server): void {
     Deno.addSignalListener(signal, () => {
       if (asked) Deno.exit(signal === "SIGTERM" ? 143 : 130);
       asked = true;
-      void server.shutdown(signal === "SIGTERM" ? IDLE_GRACE : 0).then(() => Deno.exit(0));
+      void server.shutdown(signal === "SIGTERM" ? IDLE_GRACE : 0);
     });
   }
 }
