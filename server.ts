@@ -4246,8 +4246,11 @@ class UsageError extends Error {}
 const CREDENTIALS = /^[^:\p{Cc}]+:\P{Cc}+$/u;
 /** How long the package that splits the arguments may take to come, in milliseconds. */
 const PACKAGE_PATIENCE = 2000;
-/** No literal where it is imported: Deno would look for that before the first line runs, and wait for the network. */
-const ARGUMENTS_PACKAGE = "jsr:@std/cli@^1/parse-args";
+/**
+ * What can split arguments. These are no literals where they are imported: Deno looks for such before the first
+ * line runs, at every start, and waits for the network.
+ */
+const ARGUMENTS_PACKAGE = "jsr:@std/cli@^1/parse-args", NODE_UTIL = "node:util";
 
 interface Option {
   /** Title of the group that begins with this option. */
@@ -4258,6 +4261,7 @@ interface Option {
   readonly help: string;
   /** Makes the value of what was typed; throws `UsageError` that says what would have been right. Switches have none. */
   readonly read?: (text: string) => unknown;
+  /** Its value when it is not given. */
   readonly initial?: unknown;
   /** May be given several times: its values make a list, or one record. */
   readonly many?: "list" | "record";
@@ -4513,31 +4517,20 @@ async function splitArguments(args: readonly string[]): Promise<Typed> {
   const loading: Promise<ArgumentsPackage | undefined> = import(ARGUMENTS_PACKAGE).catch(() => undefined);
   const loaded = await Promise.race([loading, late]);
   clearTimeout(timer);
-  return loaded === undefined ? splitByNode(await import("node:util"), args) : splitByPackage(loaded, args);
+  return loaded === undefined ? splitByNode(await import(NODE_UTIL), args) : splitByPackage(loaded, args);
 }
 
 function splitByNode({ parseArgs }: typeof import("node:util"), args: readonly string[]): Typed {
-  const options = Object.fromEntries(
-    optionRows().map(({ long, short, read }) => [
-      long.slice(2),
-      { type: read ? "string" as const : "boolean" as const, ...(short && { short: short.slice(1) }) },
-    ]),
+  const valued = optionRows().filter(({ read }) => read !== undefined).map(({ long, short }) =>
+    [long.slice(2), { type: "string" as const, ...(short && { short: short.slice(1) }) }] as const
   );
-  const { tokens = [], positionals } = parseArgs({
-    args: [...args],
-    options,
-    strict: false,
-    allowPositionals: true,
-    tokens: true,
+  const loose = { strict: false, allowPositionals: true, tokens: true } as const;
+  const { tokens = [], positionals } = parseArgs({ args: [...args], options: Object.fromEntries(valued), ...loose });
+  const options = tokens.filter((token) => token.kind === "option").map(({ rawName, value = "", inlineValue }) => {
+    const isShort = !rawName.startsWith("--");
+    return [rawName, isShort && inlineValue ? value.replace(/^=/, "") : value] as const; // `-p=80`
   });
-  return {
-    options: tokens.filter((token) => token.kind === "option").map(({ rawName, value = "", inlineValue }) => [
-      rawName,
-      // `-p=80`
-      inlineValue && !rawName.startsWith("--") ? value.replace(/^=/, "") : value,
-    ]),
-    words: positionals,
-  };
+  return { options, words: positionals };
 }
 
 function splitByPackage({ parseArgs }: ArgumentsPackage, args: readonly string[]): Typed {
@@ -4615,11 +4608,11 @@ function readSwitch(text: string): boolean {
 function checkTogether(settings: CommandLine): void {
   const initial: Record<string, unknown> = { ...DEFAULTS, root: undefined };
   const isGiven = (key: string) => settings[key as OptionName] !== initial[key];
-  const nameOf = (key: string) => optionRows().find((row) => row.key === key)?.long ?? "ROOT";
+  const nameOf = (key: string) => optionRows().find((row) => row.key === key)?.long ?? "a ROOT";
   for (const { long, needs, excludes = [] } of optionRows().filter(({ key }) => isGiven(key))) {
     if (needs !== undefined && !isGiven(needs)) throw new UsageError(`${long} needs ${nameOf(needs)}`);
     const other = excludes.find(isGiven);
-    if (other !== undefined) throw new UsageError(`${long} and ${nameOf(other)} contradict each other: leave one out`);
+    if (other !== undefined) throw new UsageError(`${long} and ${nameOf(other)} exclude each other: leave one out`);
   }
 }
 

@@ -303,7 +303,8 @@ Deno.test("serve() refuses a port in use", async () => {
 Deno.test("README has every option that --help has", async () => {
   const readme = await Deno.readTextFile(new URL("./README.md", import.meta.url));
   const { stdout } = await run(["--help"]);
-  const usages = [...stdout.matchAll(/^ +(-\S.*?)(?: {2,}|$)/gm)].map(([, usage]) => usage!);
+  for (const line of stdout.split("\n")) assert(line.length <= 80, `80 columns: ${line}`);
+  const usages = [...stdout.matchAll(/^ {2,6}(-\S.*?)(?: {2,}|$)/gm)].map(([, usage]) => usage!);
   assert(usages.length > 20, "options of --help");
   for (const usage of usages) assertStringIncludes(readme, usage);
 });
@@ -3053,16 +3054,36 @@ const addressOf = (url: string): Deno.NetAddr => ({
   port: Number(new URL(url).port),
 });
 
+/** Whether `@std/cli` is where Deno looks for it, and not in a folder: there, a process may not read it. */
+const HAS_PACKAGE = !Deno.env.get("JSR_URL")?.startsWith("file:") && await hasModule("jsr:@std/cli@^1/parse-args");
+
+function hasModule(name: string): Promise<boolean> {
+  return import(name).then(() => true, () => false);
+}
+
+/** A test of what is read from arguments, whatever splits them: `node:util` where Deno finds no package, or `@std/cli`. */
+function testBothWays(name: string, test: (env: Record<string, string>) => Promise<void>): void {
+  Deno.test(name, () => test({ JSR_URL: "file:///nowhere/" }));
+  if (HAS_PACKAGE) Deno.test(`${name} (with @std/cli)`, () => test({}));
+}
+
+Deno.test({ name: "The command line does all of this with @std/cli, too", ignore: !HAS_PACKAGE, fn() {} });
+
 const FAILURES: readonly [says: string, args: string[], code: number, message: RegExp, permissions?: string[]][] = [
   ["an unknown option", ["--prot", "1"], 2, /unknown option --prot, did you mean --port\?/],
   ["an unknown short option", ["-x"], 2, /unknown option -x/],
   ["an option like no other", ["--frobnicate"], 2, /unknown option --frobnicate$/m],
-  ["an option without its value", ["--port"], 2, /--port needs a value/],
+  ["a bundle that begins with an unknown option", ["-xp80"], 2, /unknown option -x$/m],
+  ["an option without its value", ["--port"], 2, /--port needs a value$/m],
+  ["an option with an empty value", ["-p="], 2, /--port needs a value$/m],
+  ["an empty charset", ["--charset", ""], 2, /--charset needs a value$/m],
+  ["a switch with a value", ["--no-listing=0"], 2, /--no-listing 0: expected no value, or true, or false$/m],
+  ["a short switch with a value", ["-h=3"], 2, /unknown option -=$/m],
   ["an option given twice", ["--port", "1", "-p", "2"], 2, /--port is given twice/],
   ["a port that is no number", ["--port", "http"], 2, /--port http: expected a whole number from 0 to 65535/],
   ["a port out of range", ["-p", "65536"], 2, /--port 65536: expected/],
   ["a negative port", ["--port=-1"], 2, /--port -1: expected/],
-  ["an unknown charset", ["-c", "gbk18030"], 2, /--charset gbk18030: .*did you mean gb18030\?/],
+  ["an unknown charset", ["-cgbk18030"], 2, /--charset gbk18030: .*did you mean gb18030\?/],
   ["an unknown source charset", ["--source-charset", "utf8mb4"], 2, /--source-charset utf8mb4: .*utf8/],
   ["an unknown mode", ["--unmappable", "replace"], 2, /--unmappable replace: expected auto, html, replacement, fatal/],
   ["an unknown form of the log", ["--log", "commn"], 2, /did you mean common\?/],
@@ -3074,6 +3095,22 @@ const FAILURES: readonly [says: string, args: string[], code: number, message: R
   ["a time of nothing", ["--header-timeout", "0"], 2, /--header-timeout 0: expected a time/],
   ["a size that is none", ["--max-body", "-1"], 2, /--max-body -1: expected a size such as 1MiB/],
   ["no connections", ["--max-connections", "0"], 2, /--max-connections 0: expected a whole number/],
+  [
+    "a type without an extension",
+    ["--type", "text/plain"],
+    2,
+    /--type text\/plain: expected an extension and its type/,
+  ],
+  ["a type that is none", ["--type", ".log=text"], 2, /--type \.log=text: expected an extension and its type/],
+  ["a password without a name, and does not show it", ["--auth", "s3cret"], 2, /--auth: expected name:password/],
+  ["a name without a password", ["--auth", "joe:"], 2, /--auth: expected name:password/],
+  ["a misspelt option, and does not show its value", ["--auht=joe:s3cret"], 2, /unknown option --auht, did you mean/],
+  ["a text and a ROOT", ["--body", "hi", "."], 2, /--body and a ROOT exclude each other: leave one out/],
+  ["a socket and a port", ["--unix", "x", "-p80"], 2, /--unix and --port exclude each other/],
+  ...[["--dotfiles"], ["--no-listing"], ["--follow-links"], ["--fallback=x"], ["--type=.a=b/c"], [
+    "--source-charset=gbk",
+  ]]
+    .map((args): [string, string[], number, RegExp] => [`${args} without a ROOT`, args, 2, /--[a-z-]+ needs a ROOT$/m]),
   ["a host name with a port", ["--allow-host", "a:1"], 2, /--allow-host a:1: expected a host name/],
   ["no threads", ["--workers", "0"], 2, /--workers 0: expected/],
   ["threads that may not load this file", ["--workers", "2"], 1, /--workers needs .*--allow-read/, [
@@ -3099,10 +3136,11 @@ const FAILURES: readonly [says: string, args: string[], code: number, message: R
 ];
 
 for (const [says, args, code, message, permissions] of FAILURES) {
-  Deno.test(`The command line explains ${says}: ${code}`, async () => {
-    const { stderr, ...rest } = await run(args, permissions && { permissions });
-    assertMatch(stderr, /^charserve: [^\n]+\n$/, "one line, no stack trace");
+  testBothWays(`The command line explains ${says}: ${code}`, async (env) => {
+    const { stderr, ...rest } = await run(args, permissions ? { permissions, env } : { env });
+    assertMatch(stderr, /^charserve: [^\n]+[^.\n]\n$/, "one line, no stack trace");
     assertMatch(stderr, message);
+    assert(!stderr.includes("s3cret"));
     assertEquals(rest, { code, stdout: "" });
   });
 }
@@ -3120,11 +3158,13 @@ const TOLD: readonly [args: string[], stdout: RegExp][] = [
   [["-V"], /^charserve \d+\.\d+\.\d+ .*\n$/],
   [["--help"], /^deno run [^]*\n {2}-p, --port <port> [^]*\n {2}-V, --version [^]*\n$/],
   [["-h", "--port", "0"], /^deno run /],
+  [["-hVp0"], /^deno run /],
+  [["--help=false", "--version"], /^charserve /],
 ];
 
 for (const [args, expected] of TOLD) {
-  Deno.test(`The command line answers ${args.join(" ")}, and needs no permission`, async () => {
-    const { code, stdout, stderr } = await run(args, { permissions: [] });
+  testBothWays(`The command line answers ${args.join(" ")}, and needs no permission`, async (env) => {
+    const { code, stdout, stderr } = await run(args, { permissions: [], env });
     assertEquals([code, stderr], [0, ""]);
     assertMatch(stdout, expected);
   });
@@ -3135,12 +3175,20 @@ const SERVED: readonly [says: string, args: string[], reply: (reply: Reply) => v
   ["a text", ["--body", "你好", "-c", "gb2312"], (reply) => {
     assertEquals([textOf(reply), charsetOf(reply)], ["你好", "gbk"]);
   }],
+  [
+    "a text, its charset without a space",
+    ["--body", "你好", "-cgbk"],
+    (reply) => assertEquals(charsetOf(reply), "gbk"),
+  ],
   ["a text from standard input", ["--body", "-"], (reply) => assertEquals(textOf(reply), "typed"), { input: "typed" }],
   ["a text that begins with a hyphen", ["--body", "-1"], (reply) => assertEquals(textOf(reply), "-1")],
   ["an empty text", ["--body="], (reply) => assertEquals([reply.status, textOf(reply)], [200, ""])],
   ["fields", ["--header", "X-Y: 1", "--header=X-Z: 2:3", "--cors", "--body", "x"], ({ fields }) => {
     assertEquals([fields.get("x-y"), fields.get("x-z")], ["1", "2:3"]);
     assertEquals(fields.get("access-control-allow-origin"), "*");
+  }],
+  ["fields, unless a switch is turned off", ["--cors=false", "--body", "x"], ({ fields }) => {
+    assertEquals(fields.get("access-control-allow-origin"), undefined);
   }],
   ["another host", ["--allow-host", "Good.example", "--body", "x"], (reply) => assertEquals(reply.status, 200)],
   ["under a false label", ["--declare", "big5", "--charset", "gbk", "--body", "你"], (reply) => {
@@ -3149,8 +3197,8 @@ const SERVED: readonly [says: string, args: string[], reply: (reply: Reply) => v
 ];
 
 for (const [says, args, check, command] of SERVED) {
-  Deno.test(`The command line serves ${says}`, async () => {
-    const { child, line } = await start(["--port", "0", "--log", "none", ...args], command);
+  testBothWays(`The command line serves ${says}`, async (env) => {
+    const { child, line } = await start(["--port", "0", "--log", "none", ...args], { ...command, env });
     assertMatch(line, /^http:\/\/localhost:[1-9]\d*\/$/);
     check(await ask({ addr: addressOf(line) }, get("/")));
     assertEquals(await end(child), { code: 0, stderr: "" });
@@ -3163,13 +3211,49 @@ Deno.test("The command line logs on standard error", async () => {
   assertMatch((await end(child, "SIGINT")).stderr, /^127\.0\.0\.1 - - \[.*\] "GET \/nowhere HTTP\/1\.1" 404 .*\n$/);
 });
 
-Deno.test("The command line needs no package without arguments", async () => {
-  // Port 8000 may be taken on this machine: then it must be that what is said, and not that a package is missing.
-  const { child, line } = await start([], { env: { JSR_URL: "file:///nowhere/" } });
-  if (line !== "") assertEquals(line, "http://localhost:8000/");
-  else assertStringIncludes(await new Response(child.stderr).text(), "127.0.0.1:8000 is in use");
-  if (line !== "") assertEquals((await end(child)).code, 0);
-  else await child.stdout.cancel().then(() => child.status);
+Deno.test("The command line starts, answers and ends at once, however silent the network", async () => {
+  // Connections to it are accepted by the system, and never answered.
+  using registry = Deno.listen({ hostname: "127.0.0.1", port: 0 });
+  const env = { JSR_URL: `http://127.0.0.1:${registry.addr.port}/` };
+  await within5s(Promise.all([
+    (async () => {
+      // Without arguments. Port 8000 may be taken on this machine: then that is what is said.
+      const { child, line } = await start([], { env });
+      if (line !== "") assertEquals([line, (await end(child)).code], ["http://localhost:8000/", 0]);
+      else assertStringIncludes(new TextDecoder().decode((await child.output()).stderr), "127.0.0.1:8000 is in use");
+    })(),
+    (async () => assertEquals((await run(["--version"], { env })).code, 0))(),
+    (async () => assertEquals((await run(["--nonsense"], { env })).code, 2))(),
+    (async () => {
+      const { child, line } = await start(["--port", "0", "--log", "none"], { env });
+      await ask({ addr: addressOf(line) }, get("/charsets"));
+      assertEquals(await end(child), { code: 0, stderr: "" });
+    })(),
+  ]));
+});
+
+Deno.test("The command line reads credentials from a file, and says which line is wrong", async () => {
+  await using tree = await plant({
+    "good.txt": "joe:a:b\r\n\r\nçelik:s3cret\n",
+    "bad.txt": "joe:x\ns3cret\n",
+    "none.txt": "\n",
+  });
+  const command = { permissions: ["--allow-net", "--allow-read"] };
+  for (const [name, says] of [["bad.txt", "bad.txt, line 2: expected name:password\n"], ["none.txt", "one a line\n"]]) {
+    const { code, stderr } = await run(["-p0", "--auth", `@${tree.path}/${name}`], command);
+    assertEquals([code, stderr.endsWith(says!), stderr.includes("s3cret")], [2, true, false], stderr);
+  }
+  const { child } = await start(["-p0", "--log=none", "--auth", `@${tree.path}/good.txt`], command);
+  assertEquals(await end(child), { code: 0, stderr: "" });
+});
+
+Deno.test("The command line shows the addresses that other machines can use, or says how", async () => {
+  const args = ["-p0", "--log=none", "--host", "0.0.0.0"];
+  const { child, line } = await start(args, {});
+  assertMatch(line, /^http:\/\/localhost:\d+\/$/);
+  assertMatch((await end(child)).stderr, /^charserve: other machines .* --allow-sys=networkInterfaces .*\n$/);
+  const allowed = await start(args, { permissions: ["--allow-net", "--allow-sys=networkInterfaces"] });
+  assertEquals(await end(allowed.child), { code: 0, stderr: "" });
 });
 
 Deno.test("The command line lets an answer under way finish", async () => {
@@ -3197,12 +3281,12 @@ const FILES_SERVED: readonly [says: string, args: string[], target: string, stat
 ];
 
 for (const [says, args, target, status, text] of FILES_SERVED) {
-  Deno.test(`The command line serves ${says}: ${args.join(" ")}`, async () => {
+  testBothWays(`The command line serves ${says}: ${args.join(" ")}`, async (env) => {
     await using tree = await plant(SITE);
     const paths = args.map((arg) => arg.replace("PATH", tree.path));
     // Deno's own wall: it may read nothing but ROOT.
     const permissions = ["--allow-net", `--allow-read=${paths.at(-1)}`];
-    const { child, line } = await start(["--port", "0", "--log", "none", ...paths], { permissions });
+    const { child, line } = await start(["--port", "0", "--log", "none", ...paths], { permissions, env });
     const reply = await ask({ addr: addressOf(line) }, get(target));
     assertEquals(await end(child), { code: 0, stderr: "" });
     assertEquals(reply.status, status);
