@@ -4246,11 +4246,6 @@ class UsageError extends Error {}
 const CREDENTIALS = /^[^:\p{Cc}]+:\P{Cc}+$/u;
 /** How long the package that splits the arguments may take to come, in milliseconds. */
 const PACKAGE_PATIENCE = 2000;
-/**
- * What can split arguments. These are no literals where they are imported: Deno looks for such before the first
- * line runs, at every start, and waits for the network.
- */
-const ARGUMENTS_PACKAGE = "jsr:@std/cli@^1/parse-args", NODE_UTIL = "node:util";
 
 interface Option {
   /** Title of the group that begins with this option. */
@@ -4514,10 +4509,11 @@ interface ArgumentsPackage {
 async function splitArguments(args: readonly string[]): Promise<Typed> {
   const { promise: late, resolve } = Promise.withResolvers<undefined>();
   const timer = setTimeout(() => resolve(undefined), PACKAGE_PATIENCE);
-  const loading: Promise<ArgumentsPackage | undefined> = import(ARGUMENTS_PACKAGE).catch(() => undefined);
-  const loaded = await Promise.race([loading, late]);
+  // In two pieces: Deno fetches what it reads in one before the first line runs, and waits for the network.
+  const module = "parse-args", loading = import(`jsr:@std/cli@^1/${module}`).catch(() => undefined);
+  const loaded: ArgumentsPackage | undefined = await Promise.race([loading, late]);
   clearTimeout(timer);
-  return loaded === undefined ? splitByNode(await import(NODE_UTIL), args) : splitByPackage(loaded, args);
+  return loaded === undefined ? splitByNode(await import("node:util"), args) : splitByPackage(loaded, args);
 }
 
 function splitByNode({ parseArgs }: typeof import("node:util"), args: readonly string[]): Typed {
