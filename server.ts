@@ -165,23 +165,20 @@ class HttpServer implements Server {
   readonly addr: Deno.Addr;
   readonly finished: Promise<void>;
   readonly settings: Settings;
-  readonly routes: readonly Route[];
-  readonly root: Root | undefined;
+  readonly routes: readonly RouteResource[];
+  readonly root: string | undefined;
   readonly secure: boolean;
   readonly log: Log;
   readonly options: ServeOptions;
-  /** What `--header` and the like add to every head, and the names that it replaces. */
-  readonly extraHead: string;
-  readonly ownFields: ReadonlySet<string>;
-  /** Caches: of heads, of what is known of files' charsets, of files' responses. */
-  readonly heads: Heads = { known: new Map(), seen: new Set() };
-  readonly charsets = new Cache<StoredCharset>(CACHE_SIZE / 4);
-  readonly messages = new Cache<{ readonly identity: string; readonly message: Promise<Message> }>(CACHE_SIZE);
+  /** What is added to every head; and where caching it would be wrong. */
+  readonly added: AddedFields;
+  readonly addedUncached: AddedFields;
   draining = false;
   readonly #listener: Deno.Listener;
   readonly #connections = new Set<Connection>();
-  readonly #patience: Patience;
-  readonly #hosts: ReadonlySet<string> | undefined;
+  readonly #clock: Clock;
+  /** Whether a request names this server (RFC 9110 §7.4): a page elsewhere must not reach us by a name that it controls. */
+  readonly answersTo: (authority: string) => boolean;
   readonly #sweeper: ReturnType<typeof setInterval>;
   /** Resolved when the last connection is closed, at the end. */
   readonly #drained = Promise.withResolvers<void>();
@@ -191,41 +188,39 @@ class HttpServer implements Server {
   /** Connections that were closed, but are still there. */
   #held = 0;
   /** Connections accepted so far. */
-  #taken = 0;
+  #accepted = 0;
   #second = 0;
   #date = "";
+  /** ROOT as it was at the last look, when that was, and how long it is believed, in milliseconds. */
+  #site: Site | undefined;
+  #looked = 0;
+  #lifetime = 0;
   #backoff: PromiseWithResolvers<void> | undefined;
 
   constructor(options: ServeOptions) {
     const settings = this.settings = settingsOf(options);
     this.options = options;
-    this.root = settings.root === undefined ? undefined : openRoot(settings.root, settings.fallback);
-    this.routes = [...(options.routes ?? []), ...(settings.body === undefined ? [] : [bodyRoute(settings.body)])];
+    this.root = settings.root;
+    this.routes = [...(options.routes ?? []), ...(settings.body === undefined ? [] : [bodyRoute(settings.body)])]
+      .map(routeResource);
     this.secure = settings.cert !== undefined;
-    const added: Field[] = [
-      ["X-Content-Type-Options", "nosniff"],
-      ...(settings.cors ? [["Access-Control-Allow-Origin", "*"] as const] : []),
-    ];
-    this.ownFields = new Set(settings.header.map(([name]) => name.toLowerCase()));
-    this.extraHead = [...added.filter(([name]) => !this.ownFields.has(name.toLowerCase())), ...settings.header]
-      .map(([name, value]) => `${name}: ${value}\r\n`).join("");
+    const added = [...(settings.cors ? READABLE : []), ["X-Content-Type-Options", "nosniff"] as const];
+    this.added = addedFields(added, settings.header);
+    this.addedUncached = addedFields(
+      added,
+      settings.header.filter(([name]) => !/^(?:cache-control|expires)$/i.test(name)),
+    );
     const { headerTimeout: head, idleTimeout: idle } = settings;
-    this.#patience = {
-      now: performance.now(),
-      request: idle,
-      head,
-      content: idle,
-      reader: idle,
-      handler: Infinity,
-      end: LINGER_TIME,
-    };
+    const waits = { request: idle, head, content: idle, reader: idle, handler: Infinity, end: LINGER_TIME };
+    this.#clock = { now: performance.now(), ...waits };
     this.log = new Log(settings.log, options.onLog);
+    if (this.root !== undefined) checkRoot(this.site(), settings.fallback);
     this.#listener = listen(settings, options.reusePort);
     // Deno 2.6 leaves the transport of a TLS listener out.
     this.addr = settings.unix === undefined
       ? { ...this.#listener.addr as Deno.NetAddr, transport: "tcp" }
       : this.#listener.addr;
-    this.#hosts = allowedHosts(this.addr, settings);
+    this.answersTo = remembered(hostChecker(allowedHosts(this.addr, settings)));
     this.#sweeper = setInterval(() => this.#sweep(), Math.max(10, Math.min(1000, Math.min(head, idle) / 4)));
     this.finished = this.#accept().then(() => this.#end());
     options.signal?.addEventListener("abort", () => void this.shutdown(), { once: true });
@@ -233,21 +228,43 @@ class HttpServer implements Server {
     options.onListen?.(this.addr);
   }
 
-  /** Value of the Date field, made once a second. */
+  /** Value of the Date field, made once a second: equal strings are the same. */
   date(): string {
     const now = Date.now(), second = Math.trunc(now / 1000);
     if (second !== this.#second) [this.#second, this.#date] = [second, formatDate(now)];
     return this.#date;
   }
 
+  /** ROOT, where its name leads now. Throws 503 if that is nowhere. */
+  site(): Site {
+    const now = Date.now();
+    if (this.#site === undefined || now - this.#looked >= this.#lifetime || now < this.#looked) this.#lookAtRoot(now);
+    if (this.#site === undefined) throw new HttpError(503, "The folder is not there", [["Retry-After", "1"]]);
+    return this.#site;
+  }
+
+  #lookAtRoot(now: number): void {
+    const isFirst = this.#looked === 0, last = this.#site;
+    const path = isFirst ? Deno.realPathSync(this.root!) : orNothing(() => Deno.realPathSync(this.root!));
+    const info = path === undefined ? undefined : statOf(path);
+    if (info === undefined && last !== undefined) this.log.line(`ROOT is not there any more: ${this.root}`);
+    const isSame = info !== undefined && last !== undefined && last.path === path && isSameFile(info, last.info);
+    // Another folder under the same name is another site: nothing that was kept is true of it.
+    if (!isSame) this.#site = info && { path: path!, info, isFile: info.isFile, places: new Cache(CACHE_SIZE) };
+    const changes = [info, statOf(this.root!)].map((each) => each === undefined ? now : changeTime(each, now));
+    this.#lifetime = lifetimeOf(now - Math.max(...changes));
+    this.#looked = now;
+  }
+
   async #accept(): Promise<void> {
     while (!this.draining) {
       try {
         this.#take(await this.#listener.accept());
-        this.#taken++;
       } catch (error) {
         if (this.draining) return;
-        // Out of files, or a client that gave up: wait a little, others will close theirs.
+        // A client that was gone before it was accepted is nothing.
+        if (GONE.some((each) => error instanceof each)) continue;
+        // The system has no more files: others will close theirs.
         this.log.line(`cannot accept a connection: ${(error as Error).message}`);
         await this.#pause(ACCEPT_BACKOFF);
       }
@@ -263,12 +280,14 @@ class HttpServer implements Server {
   }
 
   #take(conn: Deno.Conn): void {
+    const number = ++this.#accepted;
     // So many were refused, and still linger, that not even that can be said.
     if (this.#connections.size >= 2 * this.settings.maxConnections) return conn.close();
-    const connection = new Connection(conn, this.#patience, this.heads);
-    const full = this.#connections.size + this.#held >= this.settings.maxConnections;
+    const connection = openConnection(conn, this.#clock, number);
+    if (connection === undefined) return;
+    const isFull = this.#connections.size + this.#held >= this.settings.maxConnections;
     this.#connections.add(connection);
-    const served = full ? refuseConnection(this, connection) : serveConnection(this, connection);
+    const served = isFull ? refuseConnection(this, connection) : serveConnection(this, connection);
     const handshake = "handshake" in conn ? (conn as Deno.TlsConn).handshake() : undefined;
     handshake?.catch(() => {}); // Reading finds out.
     served.finally(() => {
@@ -284,7 +303,7 @@ class HttpServer implements Server {
 
   /** One look at all connections: whose time is up? */
   #sweep(): void {
-    const now = this.#patience.now = performance.now();
+    const now = this.#clock.now = performance.now();
     for (const connection of this.#connections) {
       if (now > connection.deadline) connection.expire();
       else if (now > this.#drainDeadline) connection[Symbol.dispose]();
@@ -310,8 +329,8 @@ class HttpServer implements Server {
 
   /** Waits until nobody new came for a moment: closing a listener resets what the system has taken for it. */
   async #emptyBacklog(): Promise<void> {
-    for (let turn = 0, seen = -1; turn < BACKLOG_TURNS && seen !== this.#taken; turn++) {
-      seen = this.#taken;
+    for (let turn = 0, seen = -1; turn < BACKLOG_TURNS && seen !== this.#accepted; turn++) {
+      seen = this.#accepted;
       await new Promise((resolve) => setTimeout(resolve, BACKLOG_TURN));
     }
   }
@@ -324,14 +343,6 @@ class HttpServer implements Server {
 
   [Symbol.asyncDispose](): Promise<void> {
     return this.shutdown();
-  }
-
-  /** Whether a request names this server (RFC 9110 §7.4): a page elsewhere must not reach us by a name that it controls. */
-  answersTo(authority: string): boolean {
-    // No browser leaves the name out; HTTP/1.0 may.
-    if (this.#hosts === undefined || authority === "") return true;
-    const host = authority.replace(/:\d*$/, "").replace(/\.$/, "");
-    return this.#hosts.has(host) || host.endsWith(".localhost") && this.#hosts.has("localhost");
   }
 }
 
@@ -376,23 +387,58 @@ function allowedHosts(addr: Deno.Addr, { host, allowHost }: Settings): ReadonlyS
   ]);
 }
 
-function openRoot(path: string, fallback: string | undefined): Root {
-  const real = Deno.realPathSync(path);
-  if (fallback !== undefined) Deno.realPathSync(`${real}${SEPARATOR}${fallback}`);
-  return { path: real, isFile: Deno.statSync(real).isFile };
+function hostChecker(hosts: ReadonlySet<string> | undefined): (authority: string) => boolean {
+  return (authority) => {
+    // No browser leaves the name out; HTTP/1.0 may.
+    if (hosts === undefined || authority === "") return true;
+    const host = authority.replace(/:\d*$/, "").replace(/\.$/, "");
+    return hosts.has(host) || host.endsWith(".localhost") && hosts.has("localhost");
+  };
+}
+
+/** Refuses at the start what could never be served. */
+function checkRoot(site: Site, fallback: string | undefined): void {
+  if (fallback !== undefined) Deno.realPathSync(pathBelow(site, fallback));
 }
 
 function bodyRoute(body: string): Route {
-  return [/^/, () => ({ body, constant: true })];
+  return [/^/, () => body];
 }
+
+/** Lets scripts of other sites read answers, and their fields (Fetch §3.2.3). */
+const READABLE: readonly Field[] = [
+  ["Access-Control-Allow-Origin", "*"],
+  [
+    "Access-Control-Expose-Headers",
+    "Accept-Ranges, Content-Encoding, Content-Length, Content-Range, Date, ETag, Last-Modified, Location, Retry-After, *",
+  ],
+];
+
+/** Fields for every head: those of the user win. */
+function addedFields(own: readonly Field[], users: readonly Field[]): AddedFields {
+  const names = new Set(users.map(([name]) => name.toLowerCase()));
+  const fields = [...own.filter(([name]) => !names.has(name.toLowerCase())), ...users];
+  return { names, text: fields.map(([name, value]) => `${name}: ${value}\r\n`).join("") };
+}
+
+/** A connection; undefined if its client is gone already. */
+function openConnection(conn: Deno.Conn, clock: Clock, number: number): Connection | undefined {
+  try {
+    return new Connection(conn, clock, number);
+  } catch {
+    conn.close();
+    return undefined;
+  }
+}
+
+/** What systems say of a client that is gone before it is accepted. */
+const GONE = [Deno.errors.NotConnected, Deno.errors.ConnectionAborted, Deno.errors.ConnectionReset];
 
 // ── Connection ───────────────────────────────────────────────────────────────────────────────────
 // TCP delivers a stream of bytes, cut anywhere: a read may bring half a request or twenty. This is the
 // only place that knows it. It owns one buffer, says what it is waiting for and until when, and
 // leaves the clock to one sweep over all connections, so that no request pays for a timer.
 
-/** Longest request head, in bytes: RFC 9112 §3 and RFC 9110 §5.4 leave the figures to the server. */
-const HEAD_LIMIT = 16 * 1024;
 /** Longest chunk-size line with its extensions, in bytes. */
 const CHUNK_LINE_LIMIT = 1024;
 /** First size of a connection's buffer, in bytes: holds any browser's head; ten thousand idle ones cost 40 MB. */
@@ -401,50 +447,56 @@ const BUFFER_SIZE = 4 * 1024;
 const LINGER_BYTES = 1024 * 1024, LINGER_TIME = 2000;
 /** Most that is gathered for one write before it is sent, in bytes: a client that does not read must not make us hold more. */
 const READY_LIMIT = 64 * 1024;
-/** Heads that are remembered parsed: how many, and the longest, in bytes. */
-const KNOWN_HEADS = 1024, KNOWN_HEAD_SIZE = 2048;
 
 /** What a connection waits for: a request's first byte, its rest, its content, a handler, a client that reads, its end. */
 type Waiting = "request" | "head" | "content" | "handler" | "reader" | "end";
 
-/** The longest waits of each kind, in milliseconds, and the sweep's clock. */
-interface Patience extends Readonly<Record<Waiting, number>> {
+/** The longest wait of each kind, in milliseconds, and the time of the last sweep. */
+interface Clock extends Readonly<Record<Waiting, number>> {
   now: number;
 }
 
-/** A request head met before, and the response that will do again while it is fresh. */
-interface KnownHead {
-  readonly head: RequestHead;
-  readonly bytes: Uint8Array;
-  /** It may be let go by the cache that holds it. */
-  message?: { deref(): WholeMessage | undefined };
-  route?: Resource;
-  /** What the route's handler said last, and the response that it became. */
-  said?: { readonly text: string; readonly message: WholeMessage };
-}
+/**
+ * Whether a connection ends after the answer under way: no; yes; yes, though the client may still be sending; it is
+ * closed already.
+ */
+type Ending = "no" | "close" | "linger" | "closed";
 
-/** Heads that came on any connection. */
-interface Heads {
-  readonly known: Map<string, KnownHead>;
-  /** Those that came once. */
-  readonly seen: Set<string>;
-}
-
-const CUT_OFF = "Cannot read request: the connection ended inside its head";
-
-/** The peer is gone, or was sent away: nobody is left to be told. */
+/** The client is gone, or was sent away: nobody is left to be told. */
 class Disconnected extends Error {}
-/** One for all: nobody reads where it was made. */
-const DISCONNECTED = new Disconnected();
+const disconnected = lazily(() => new Disconnected());
 
 /** One connection, from its first byte to its last. */
 async function serveConnection(server: HttpServer, connection: Connection): Promise<void> {
   using _ = connection;
   try {
-    while (!connection.closing) await serveNext(server, connection);
-    if (connection.lingers) await connection.linger();
-  } catch {
-    // The client is gone: nobody is left to be told.
+    while (connection.ending === "no") {
+      const exchange = nextExchange(server, connection);
+      if (exchange === undefined) {
+        if (await connection.receive()) continue;
+        break;
+      }
+      const message = exchange.answer();
+      if (message instanceof Promise) {
+        await connection.flush();
+        connection.wait("handler");
+        await exchange.send(await message);
+      } // Answers that are ready leave together: one write for all the requests of one read.
+      else if (connection.push(exchange.compose(message)) > READY_LIMIT) await connection.flush();
+    }
+    await connection.end();
+  } catch (error) {
+    if (!(error instanceof Disconnected)) server.log.line(`connection broken off: ${describe(error)}`);
+  }
+}
+
+/** The next request, once all of its head is there. One that cannot be understood is answered, too. */
+function nextExchange(server: HttpServer, connection: Connection): Exchange | undefined {
+  try {
+    const head = connection.takeHead();
+    return head && new Exchange(server, connection, head);
+  } catch (error) {
+    return new Exchange(server, connection, connection.takeRefused(), error);
   }
 }
 
@@ -452,153 +504,110 @@ async function serveConnection(server: HttpServer, connection: Connection): Prom
 async function refuseConnection(server: HttpServer, connection: Connection): Promise<void> {
   using _ = connection;
   try {
-    await sendError(server, connection, new FramingError(503, "Too many connections", [["Retry-After", "1"]]));
-    await connection.linger();
+    const full = new FramingError(503, "Too many connections", [["Retry-After", "1"]]);
+    const exchange = new Exchange(server, connection, connection.takeRefused(), full);
+    await exchange.send(await exchange.answer());
+    await connection.end();
   } catch {
     // It did not wait.
   }
 }
 
 class Connection implements Disposable {
-  waiting: Waiting = "request";
+  /** When the wait is over, in milliseconds of the clock. */
   deadline = Infinity;
-  /** Set when no further request will be read. */
-  closing = false;
-  /** Set when the client may still be sending although we close. */
-  lingers = false;
-  /** Set while a response is half written: nothing else can be said any more. */
-  midway = false;
-  /** The request that is being answered; undefined while its head is in doubt. */
-  current: KnownHead | undefined;
+  ending: Ending = "no";
+  /** Its number among all that were accepted, for the log. */
+  readonly number: number;
+  /** Address of the client, or `unix`. */
   readonly remote: string;
+  #waiting: Waiting = "request";
   readonly #conn: Deno.Conn;
-  readonly #patience: Patience;
-  readonly #heads: Heads;
+  readonly #clock: Clock;
   /** Come and not yet consumed: `#bytes` from `#start` to `#end`. */
   #bytes = new Uint8Array(BUFFER_SIZE);
   #start = 0;
   #end = 0;
-  #last: KnownHead | undefined;
+  /** Why no further request can be read. */
+  #refusal: FramingError | undefined;
+  /** Answers that wait to leave together, and their length in bytes. */
   #ready: Uint8Array[] = [];
   #readySize = 0;
-  #closed = false;
-  /** What has not been read of the current request's content. */
-  #unread: AsyncGenerator<Uint8Array, void> | undefined;
-  #awaitsContinue = false;
-  /** When the current request's content was first waited for, and how much of it came since, in bytes. */
-  #contentSince = 0;
-  #contentRead = 0;
   /** Fails the read or write that is under way. */
   #interrupt: (reason: Error) => void = () => {};
 
-  constructor(conn: Deno.Conn, patience: Patience, heads: Heads) {
+  constructor(conn: Deno.Conn, clock: Clock, number: number) {
     // An answer in several writes must not wait for the client to acknowledge the first (RFC 896).
     if ("setNoDelay" in conn) (conn as Deno.TcpConn).setNoDelay();
     this.#conn = conn;
-    this.#patience = patience;
-    this.#heads = heads;
+    this.#clock = clock;
+    this.number = number;
     this.remote = conn.remoteAddr.transport === "tcp" ? conn.remoteAddr.hostname : "unix";
   }
 
-  /**
-   * Reads requests and has them answered, in order. Answers that are ready (bytes) leave together: one
-   * write for all the requests of one read. Resolves with the first that is not just bytes, or with
-   * undefined when the client has no more requests. This is the path of every request: callbacks,
-   * since an `await` loop costs a quarter more.
-   */
-  next<T>(respond: (known: KnownHead) => Uint8Array | Promise<Uint8Array | T>): Promise<T | undefined> {
-    return new Promise((resolve, reject) => {
-      const answer = () => {
-        try {
-          for (let known; !this.closing && (known = this.#takeHead()) !== undefined;) {
-            const reply = respond(known);
-            if (!(reply instanceof Uint8Array)) return wait(reply);
-            if (this.#push(reply) > READY_LIMIT) return this.#flush(answer, reject);
-          }
-          this.#flush(this.closing ? () => resolve(undefined) : read, reject);
-        } catch (error) {
-          this.#flush(() => reject(error), reject);
-        }
-      };
-      const wait = (reply: Promise<Uint8Array | T>) => {
-        reply.catch(() => {}); // It may fail while what is before it is being written.
-        this.#flush(() => (this.#await("handler"), reply.then(answered, reject)), reject);
-      };
-      const answered = (reply: Uint8Array | T) => {
-        if (!(reply instanceof Uint8Array)) return resolve(reply);
-        if (this.#push(reply) > READY_LIMIT) this.#flush(answer, reject);
-        else answer();
-      };
-      const read = () => {
-        this.#await(this.#start === this.#end ? "request" : "head");
-        this.#conn.read(this.#room()).then(received, () => reject(DISCONNECTED));
-      };
-      const received = (count: number | null) => {
-        if (this.closing) return; // The sweep was quicker.
-        if (count === null) {
-          return this.#start === this.#end ? resolve(undefined) : reject(new FramingError(400, CUT_OFF));
-        }
-        this.#end += count;
-        answer();
-      };
-      this.#interrupt = reject;
-      answer();
-    });
-  }
-
-  /** The next head that is complete in the buffer, from memory if these very bytes came before. */
-  #takeHead(): KnownHead | undefined {
-    // An empty line before a request is forgiven: old clients end content with one (RFC 9112 §2.2).
-    if (this.#end - this.#start > 1 && this.#bytes[this.#start] === CR && this.#bytes[this.#start + 1] === LF) {
+  /** The next head, if all of it has come. Throws `FramingError` if it cannot be understood. */
+  takeHead(): RequestHead | undefined {
+    if (this.#refusal !== undefined) throw this.#refusal;
+    // Empty lines before a request are forgiven: old clients end content with one (RFC 9112 §2.2).
+    while (this.#end - this.#start > 1 && this.#bytes[this.#start] === CR && this.#bytes[this.#start + 1] === LF) {
       this.#start += 2;
     }
-    const available = this.#end - this.#start;
-    this.current = undefined;
-    if (available === 0) return undefined;
-    const known = this.#last !== undefined && this.#repeats(this.#last) ? this.#last : this.#recall(available);
-    this.current = known;
-    if (known !== undefined) {
-      this.#unread = undefined;
-      this.#start += known.bytes.length;
-      return this.#last = known;
-    }
+    if (this.#start === this.#end) return undefined;
     const head = parseRequest(this.#bytes, this.#start, this.#end);
-    if (head === undefined) return undefined;
-    const bytes = this.#bytes.slice(this.#start, this.#start += head.text.length);
-    this.#unread = head.framing.kind === "none" ? undefined : this.#readContent(head.framing);
-    this.#contentSince = this.#contentRead = 0;
-    this.#awaitsContinue = this.#unread !== undefined && head.minor === 1 && fieldValue(head, "expect") !== undefined;
-    return this.current = this.#remember(head, bytes);
+    if (head !== undefined) this.#start += head.text.length;
+    return head;
   }
 
-  /** Whether the bytes of the last head stand there again: a client tends to repeat itself, also within one packet. */
-  #repeats({ bytes }: KnownHead): boolean {
-    if (this.#start + bytes.length > this.#end) return false;
-    for (let i = 0; i < bytes.length; i++) {
-      if (bytes[i] !== this.#bytes[this.#start + i]) return false;
+  /** What came in the place of a head, with as little meaning as possible. */
+  takeRefused(): RequestHead {
+    const text = latin1(this.#bytes.subarray(this.#start, Math.min(this.#end, this.#start + HEAD_LIMIT)));
+    const method = text.startsWith("HEAD ") ? "HEAD" : "GET";
+    const nothing = { target: "", authority: "", path: "", query: undefined, framing: NO_CONTENT, marks: NO_MARKS };
+    return { ...nothing, text, method, minor: 1, persistent: false };
+  }
+
+  /** Sends what is ready, then reads more of a head. Returns whether that is worth looking at. */
+  async receive(): Promise<boolean> {
+    if (this.#ready.length > 0) await this.flush();
+    const isIdle = this.#start === this.#end;
+    this.wait(isIdle ? "request" : "head");
+    const reading = this.#conn.read(this.#room());
+    try {
+      // Who has not begun a request is not told that time is up: the read fails when the connection is closed.
+      const count = isIdle ? await reading : await this.#interruptible(reading);
+      this.#end += count ?? 0;
+      if (count !== null || isIdle) return count !== null && this.ending === "no";
+      this.#refusal = new FramingError(400, "Cannot read request: the connection ended inside its head");
+    } catch (error) {
+      if (!(error instanceof FramingError)) throw disconnected();
+      this.#refusal = error;
     }
     return true;
   }
 
-  /** The head that another connection sent, if all that is unread is just that. */
-  #recall(length: number): KnownHead | undefined {
-    if (length > KNOWN_HEAD_SIZE) return undefined;
-    return this.#heads.known.get(latin1(this.#bytes.subarray(this.#start, this.#start + length)));
+  /** What has come and is not yet consumed. */
+  get unread(): Uint8Array {
+    return this.#bytes.subarray(this.#start, this.#end);
   }
 
-  /** Keeps a head for this connection; for all, when it came before: most heads never come again. */
-  #remember(head: RequestHead, bytes: Uint8Array): KnownHead {
-    const known: KnownHead = { head, bytes };
-    if (bytes.length > KNOWN_HEAD_SIZE || head.framing.kind !== "none") return known;
-    const { known: all, seen } = this.#heads;
-    if (seen.has(head.text)) {
-      if (all.size >= KNOWN_HEADS) all.clear();
-      all.set(head.text, known);
-    } else {
-      if (seen.size >= KNOWN_HEADS) seen.clear();
-      seen.add(head.text);
-    }
-    return this.#last = known;
+  consume(count: number): void {
+    this.#start += count;
+  }
+
+  /** The time of the last sweep, in milliseconds. */
+  get time(): number {
+    return this.#clock.now;
+  }
+
+  /** Reads more of a request's content, `since` plus the longest wait at most. Returns how many bytes came. */
+  async receiveContent(since: number): Promise<number> {
+    this.wait("content");
+    this.deadline = Math.min(this.deadline, since + this.#clock.content);
+    const count = await this.#interruptible(this.#conn.read(this.#room()));
+    if (count === null) throw disconnected();
+    this.#end += count;
+    this.wait("handler");
+    return count;
   }
 
   /** Where the next bytes go: behind those that wait, in a buffer that grows while a head needs it. */
@@ -609,132 +618,192 @@ class Connection implements Disposable {
     }
     if (this.#end === this.#bytes.length) {
       const larger = this.#start > 0 ? this.#bytes : new Uint8Array(this.#bytes.length * 2);
-      larger.set(this.#bytes.subarray(this.#start, this.#end));
+      larger.set(this.unread);
       this.#bytes = larger;
       [this.#start, this.#end] = [0, this.#end - this.#start];
     }
     return this.#bytes.subarray(this.#end);
   }
 
-  #await(waiting: Waiting): void {
+  wait(waiting: Waiting): void {
     // The deadline of a head stands from its first byte: a slow drip does not extend it.
-    if (waiting === "head" && this.waiting === "head") return;
-    this.waiting = waiting;
-    this.deadline = this.#patience.now + this.#patience[waiting];
+    if (waiting === "head" && this.#waiting === "head") return;
+    this.#waiting = waiting;
+    this.deadline = this.#clock.now + this.#clock[waiting];
+  }
+
+  /** The same result, unless the sweep or the end of the connection come first. */
+  #interruptible<T>(operation: Promise<T>): Promise<T> {
+    return new Promise((resolve, reject) => {
+      this.#interrupt = reject;
+      operation.then(resolve, () => reject(disconnected()));
+    });
   }
 
   /** Adds to what is ready. Returns how much that is, in bytes. */
-  #push(bytes: Uint8Array): number {
+  push(bytes: Uint8Array): number {
     this.#ready.push(bytes);
     return this.#readySize += bytes.length;
   }
 
-  /** Writes all that is ready, then goes on. */
-  #flush(then: () => void, fail: (error: unknown) => void): void {
+  /** Writes all that is ready. */
+  async flush(): Promise<void> {
     const ready = this.#ready;
-    if (ready.length === 0) return then();
-    const bytes = ready.length === 1 ? ready[0]! : concat(ready);
+    if (ready.length === 0) return;
     this.#ready = [];
     this.#readySize = 0;
-    this.#await("reader");
-    this.#conn.write(bytes).then((count) => {
-      if (count === bytes.length) then();
-      else this.write(bytes.subarray(count)).then(then, fail);
-    }, () => fail(DISCONNECTED));
+    await this.write(ready.length === 1 ? ready[0]! : concat(ready));
   }
 
   /** Writes all of `bytes`: the system may take fewer at a time. */
   async write(bytes: Uint8Array): Promise<void> {
     for (let sent = 0; sent < bytes.length;) {
-      this.#await("reader");
-      const rest = sent === 0 ? bytes : bytes.subarray(sent);
-      sent += await new Promise<number>((resolve, reject) => {
-        // In Deno 2.6 a write goes on when its connection is closed.
-        this.#interrupt = reject;
-        this.#conn.write(rest).then(resolve, () => reject(DISCONNECTED));
-      });
+      this.wait("reader");
+      sent += await this.#interruptible(this.#conn.write(sent === 0 ? bytes : bytes.subarray(sent)));
     }
-    this.#await("handler");
+    this.wait("handler");
   }
 
-  /** No further request is read; `lingers` if the client does not expect that. */
-  close(lingers = true): void {
-    this.closing = true;
-    this.lingers ||= lingers;
+  /** No further request is read; the client need not expect that. */
+  close(ending: "close" | "linger"): void {
+    if (this.ending !== "closed") this.ending = ending;
+  }
+
+  /** The sweep found that the wait is over. Whoever kept us waiting with a request is told: 408. */
+  expire(): void {
+    const isLate = this.#waiting === "head" || this.#waiting === "content";
+    if (!isLate || this.ending !== "no") return this[Symbol.dispose]();
+    this.wait("reader");
+    this.#interrupt(new FramingError(408, "The request did not arrive in time"));
+  }
+
+  /** Ends a connection that has nothing to say: idle, at a server's end. */
+  closeIfIdle(): void {
+    if (this.#waiting === "request") this[Symbol.dispose]();
   }
 
   /**
-   * The content of the current request.
-   * @throws {HttpError} 413 if it is longer than `limit` bytes, 400 if it is malformed, 408 if it does not come.
+   * Sends what is ready. If the client may still be sending, says that nothing more will come, and reads on, within
+   * limits: closing with unread bytes would reset the connection and could destroy the last answer.
    */
-  async receive(limit: number): Promise<Uint8Array<ArrayBuffer>> {
-    if (!this.canSkip(limit)) throw new HttpError(413, `The content exceeds ${limit} bytes`);
+  async end(): Promise<void> {
+    await this.flush();
+    if (this.ending !== "linger") return;
+    this.wait("end");
+    try {
+      await this.#conn.closeWrite();
+      for (let left = LINGER_BYTES; left > 0;) left -= await this.#conn.read(this.#bytes) ?? Infinity;
+    } catch {
+      // The client did not wait.
+    }
+  }
+
+  /** Closes the socket; whatever still waits for it ends as `Disconnected`. */
+  [Symbol.dispose](): void {
+    if (this.ending === "closed") return;
+    this.ending = "closed";
+    this.deadline = Infinity;
+    this.#conn.close();
+    this.#interrupt(disconnected());
+  }
+}
+
+/** Most content of requests that may be in memory at once, on all connections, in bytes. */
+const CONTENT_BUDGET = 64 * 1024 * 1024;
+/** Content of requests that is in memory now, in bytes. */
+let contentInMemory = 0;
+
+/** The content of one request, as it comes; exists only while a request has any. */
+class RequestContent implements Disposable {
+  readonly #connection: Connection;
+  readonly #framing: Framing;
+  /** Most that is taken, in bytes. */
+  readonly #limit: number;
+  /** What has not been read yet. */
+  readonly #unread: AsyncGenerator<Uint8Array, void>;
+  /** Whether the client waits to be told that it may send (RFC 9110 §10.1.1). */
+  #awaitsContinue: boolean;
+  /** When it was first waited for, and how much of it came since, in bytes. */
+  #since: number | undefined;
+  #received = 0;
+  /** Its share of `contentInMemory`. */
+  #held = 0;
+
+  constructor(connection: Connection, framing: Framing, limit: number, awaitsContinue: boolean) {
+    this.#connection = connection;
+    this.#framing = framing;
+    this.#limit = limit;
+    this.#awaitsContinue = awaitsContinue;
+    this.#unread = this.#read();
+  }
+
+  /**
+   * All of it.
+   * @throws {HttpError} 413 if it is too long, 400 if it is malformed, 408 if it does not come, 503 if there is too
+   * much of other requests.
+   */
+  async bytes(): Promise<Uint8Array<ArrayBuffer>> {
+    if (!this.#isShort()) throw new HttpError(413, `The content exceeds ${this.#limit} bytes`);
     if (this.#awaitsContinue) {
       this.#awaitsContinue = false;
       // It goes behind the answers to earlier requests, which may not have left yet.
-      this.#push(CONTINUE);
-      await new Promise<void>((resolve, reject) => this.#flush(resolve, reject));
+      this.#connection.push(CONTINUE);
+      await this.#connection.flush();
     }
-    const framing = this.current?.head.framing;
-    let content = new Uint8Array(framing?.kind === "length" ? framing.length : BUFFER_SIZE), size = 0;
-    for await (const piece of this.#unread ?? []) {
-      if (size + piece.length > limit) throw new FramingError(413, `The content exceeds ${limit} bytes`);
-      if (size + piece.length > content.length) content = concat([content, new Uint8Array(size + piece.length)]);
+    // Memory is taken as content comes, not as it is announced.
+    let content = new Uint8Array(this.#hold(BUFFER_SIZE)), size = 0;
+    for await (const piece of this.#unread) {
+      const needed = size + piece.length;
+      if (needed > this.#limit) throw new FramingError(413, `The content exceeds ${this.#limit} bytes`);
+      if (needed > content.length) content = concat([content, new Uint8Array(this.#hold(needed))]);
       content.set(piece, size);
-      size += piece.length;
+      size = needed;
     }
     return content.subarray(0, size);
   }
 
-  /** Whether the rest of the current request can be read past, so that another can follow. */
-  canFollow(limit: number): boolean {
-    return !this.#awaitsContinue && this.canSkip(limit);
+  /** Whether the rest can be read past, so that another request can follow. */
+  get canBeSkipped(): boolean {
+    return !this.#awaitsContinue && this.#isShort();
   }
 
-  canSkip(limit: number): boolean {
-    const framing = this.current?.head.framing;
-    return framing?.kind !== "length" || framing.length <= limit;
+  #isShort(): boolean {
+    return this.#framing.kind !== "length" || this.#framing.length <= this.#limit;
   }
 
-  /** Reads past what the handler left of the content; whatever is wrong with it, the request has its answer. */
-  async skipContent(limit: number): Promise<void> {
+  /** Reads past what the handler left. Returns whether that worked; the request has its answer in any case. */
+  async skip(): Promise<boolean> {
     let size = 0;
-    if (this.#unread === undefined || this.closing) return;
     try {
       for await (const piece of this.#unread) {
         size += piece.length;
-        if (size > limit) return this.close();
+        if (size > this.#limit) return false;
       }
+      return true;
     } catch {
-      this.close();
+      return false;
     }
   }
 
-  /** Reads more bytes than there are. */
-  #fill(): Promise<void> {
-    return new Promise((resolve, reject) => {
-      this.#interrupt = reject;
-      this.#await("content");
-      // A drip does not extend the wait: after the first silence's worth of time, a kilobyte a second must come.
-      this.#contentSince ||= this.#patience.now;
-      this.deadline = Math.min(this.deadline, this.#contentSince + this.#patience.content + this.#contentRead);
-      this.#conn.read(this.#room()).then((count) => {
-        if (count === null) return reject(DISCONNECTED);
-        this.#end += count;
-        this.#contentRead += count;
-        this.#await("handler");
-        resolve();
-      }, () => reject(DISCONNECTED));
-    });
+  /** Counts memory that content is about to take. */
+  #hold(size: number): number {
+    if (contentInMemory + size > CONTENT_BUDGET) {
+      throw new FramingError(503, "Too much content of other requests is in memory", [["Retry-After", "1"]]);
+    }
+    contentInMemory += size;
+    this.#held += size;
+    return size;
   }
 
-  /**
-   * The content of the request whose head was taken last, in pieces that are only good until the
-   * next one is asked for (RFC 9112 §6.3; chunks: §7.1).
-   */
-  async *#readContent(framing: Framing): AsyncGenerator<Uint8Array, void> {
-    if (framing.kind === "length") yield* this.#readBytes(framing.length);
-    if (framing.kind !== "chunked") return;
+  [Symbol.dispose](): void {
+    contentInMemory -= this.#held;
+    this.#held = 0;
+  }
+
+  /** In pieces that are only good until the next one is asked for (RFC 9112 §6.3; chunks: §7.1). */
+  async *#read(): AsyncGenerator<Uint8Array, void> {
+    if (this.#framing.kind === "length") yield* this.#readBytes(this.#framing.length);
+    if (this.#framing.kind !== "chunked") return;
     for (let size; (size = parseChunkSize(await this.#readLine())) > 0;) {
       yield* this.#readBytes(size);
       if (await this.#readLine() !== "") {
@@ -749,11 +818,11 @@ class Connection implements Disposable {
   }
 
   async *#readBytes(count: number): AsyncGenerator<Uint8Array, void> {
-    while (count > 0) {
-      if (this.#start === this.#end) await this.#fill();
-      const piece = this.#bytes.subarray(this.#start, Math.min(this.#end, this.#start + count));
-      this.#start += piece.length;
-      count -= piece.length;
+    for (let left = count; left > 0;) {
+      if (this.#connection.unread.length === 0) await this.#fill();
+      const piece = this.#connection.unread.subarray(0, left);
+      this.#connection.consume(piece.length);
+      left -= piece.length;
       yield piece;
     }
   }
@@ -761,62 +830,24 @@ class Connection implements Disposable {
   /** A line of the chunked coding, without its CRLF. A bare CR or LF does not end one. */
   async #readLine(): Promise<string> {
     for (;;) {
-      const unread = this.#bytes.subarray(this.#start, this.#end);
-      const length = unread.indexOf(0x0a);
+      const { unread } = this.#connection, length = unread.indexOf(LF);
       if (length > CHUNK_LINE_LIMIT || (length < 0 && unread.length > CHUNK_LINE_LIMIT)) {
         throw new FramingError(400, `Cannot read chunk: a line exceeds ${CHUNK_LINE_LIMIT} bytes`);
       }
       if (length >= 0) {
         const line = latin1(unread.subarray(0, length));
         if (!line.endsWith("\r")) throw new FramingError(400, "Cannot read chunk: a line ends without CR");
-        this.#start += length + 1;
+        this.#connection.consume(length + 1);
         return line.slice(0, -1);
       }
       await this.#fill();
     }
   }
 
-  /** The sweep found that the wait is over. Whoever kept us waiting with a request is told: 408. */
-  expire(): void {
-    const late = this.waiting === "head" || this.waiting === "content";
-    if (!late || this.closing) return this[Symbol.dispose]();
-    this.#await("reader");
-    this.closing = true;
-    this.#interrupt(new FramingError(408, "The request did not arrive in time"));
-  }
-
-  /** Whether what is unread, a request that was refused, begins so. */
-  startsWith(text: string): boolean {
-    return latin1(this.#bytes.subarray(this.#start, Math.min(this.#end, this.#start + text.length))) === text;
-  }
-
-  /** Ends a connection that has nothing to say: idle, at a server's end. */
-  closeIfIdle(): void {
-    if (this.waiting === "request") this[Symbol.dispose]();
-  }
-
-  /**
-   * Says that nothing more will come, and reads what the client was still sending, within limits:
-   * closing with unread bytes would reset the connection and could destroy the last answer.
-   */
-  async linger(): Promise<void> {
-    this.#await("end");
-    this.closing = true;
-    await this.#conn.closeWrite();
-    for (let left = LINGER_BYTES; left > 0;) {
-      const count = await this.#conn.read(this.#bytes);
-      if (count === null) return;
-      left -= count;
-    }
-  }
-
-  /** Closes the socket; whatever still waits for it ends as `Disconnected`. */
-  [Symbol.dispose](): void {
-    if (this.#closed) return;
-    this.#closed = this.closing = true;
-    this.deadline = Infinity;
-    this.#conn.close();
-    this.#interrupt(DISCONNECTED);
+  /** Reads at least one more byte. A drip does not extend the wait: after a while, a kilobyte a second must come. */
+  async #fill(): Promise<void> {
+    this.#since ??= this.#connection.time;
+    this.#received += await this.#connection.receiveContent(this.#since + this.#received);
   }
 }
 
@@ -826,6 +857,8 @@ class Connection implements Disposable {
 // in two ways is refused, and the connection closed, since nobody can say where the next request
 // begins (RFC 9112 §11.2, request smuggling).
 
+/** Longest request head, in bytes: RFC 9112 §3 and RFC 9110 §5.4 leave the figures to the server. */
+const HEAD_LIMIT = 16 * 1024;
 /** Longest request-target, in bytes. */
 const TARGET_LIMIT = 8 * 1024;
 /** Most field lines of a head. */
@@ -837,12 +870,12 @@ type Framing =
   | { readonly kind: "length"; readonly length: number }
   | { readonly kind: "chunked" };
 
+const NO_CONTENT: Framing = { kind: "none" };
+
 /** A parsed head. Strings are ISO-8859-1: a character a byte, nothing decoded yet. */
 interface RequestHead {
   /** All of it, byte for byte. */
   readonly text: string;
-  /** Its first line, safe to log. */
-  readonly line: string;
   readonly method: string;
   readonly target: string;
   /** Host and port that the request is for, in lower case; empty if HTTP/1.0 names none. */
@@ -856,11 +889,28 @@ interface RequestHead {
   readonly framing: Framing;
   /** Whether the client wants to keep the connection (RFC 9112 §9.3). */
   readonly persistent: boolean;
-  /** Where the fields are in `text`: four offsets each, of name and value, begin and end. */
-  readonly marks: readonly number[];
+  readonly marks: Marks;
 }
 
-const EXPECTS_CONTINUE = /^100-continue$/i;
+/** Where the value of each of `MARKED_FIELDS` begins and ends in the head's text: two numbers a field, 0 if it is absent. */
+type Marks = readonly number[];
+
+/** The fields that the server itself looks for. They are recognised while the head is read, other fields when asked for. */
+// deno-fmt-ignore
+const MARKED_FIELDS = [
+  "host", "connection", "content-length", "transfer-encoding", "expect", "accept", "accept-charset", "accept-encoding",
+  "range", "if-range", "if-match", "if-none-match", "if-modified-since", "if-unmodified-since", "content-type",
+  "authorization", "access-control-request-method", "forwarded", "x-forwarded-for", "referer", "user-agent",
+];
+
+const FIELD_INDEX: ReadonlyMap<string, number> = new Map(MARKED_FIELDS.map((name, i) => [name, i]));
+/** The same, by the length of a name and its first and last letters: no two of them share those. */
+const FIELD_BY_SHAPE: ReadonlyMap<number, number> = new Map(
+  MARKED_FIELDS.map((name, i) => [shapeOf(name.length, name.charCodeAt(0), name.charCodeAt(name.length - 1)), i]),
+);
+
+/** Marks of a head without fields; and what the first of a field's two marks is when it stands on several lines. */
+const NO_MARKS: Marks = MARKED_FIELDS.flatMap(() => [0, 0]), SEVERAL_LINES = -1;
 
 const CR = 0x0d, LF = 0x0a, COLON = 0x3a, SP = 0x20, HTAB = 0x09;
 
@@ -878,21 +928,28 @@ const CLASSES = Uint8Array.from(
 /** What a line's end is while it has not come. */
 const INCOMPLETE = Infinity;
 
-/** Parses the head that begins at `start` (RFC 9112 §2.1); undefined if it is not complete at `end`. */
+/**
+ * Parses the head that begins at `start` (RFC 9112 §2.1); undefined if it is not complete at `end`. One pass over
+ * the bytes finds the lines, checks every byte, and marks the fields that matter.
+ */
 function parseRequest(bytes: Uint8Array, start: number, end: number): RequestHead | undefined {
   const lineEnd = skip(bytes, start, end, IN_LINE);
   if (lineEnd - start > TARGET_LIMIT + 64) {
     throw new FramingError(414, `Cannot parse request line: it exceeds ${TARGET_LIMIT} bytes`);
   }
-  const marks: number[] = [];
+  const marks = NO_MARKS.slice();
   let at = endLine(bytes, lineEnd, end);
-  while (at < end && bytes[at] !== CR) at = markField(bytes, at, end, start, marks);
+  for (let fields = 0; at < end && bytes[at] !== CR; fields++) {
+    if (fields === FIELD_COUNT_LIMIT) {
+      throw new FramingError(431, `Cannot parse head: it has more than ${FIELD_COUNT_LIMIT} fields`);
+    }
+    at = markField(bytes, at, end, start, marks);
+  }
   const headEnd = at < end ? endLine(bytes, at, end) : INCOMPLETE;
   if (Math.min(headEnd, end) - start > HEAD_LIMIT) {
     throw new FramingError(431, `Cannot parse head: it exceeds ${HEAD_LIMIT} bytes`);
   }
-  if (headEnd === INCOMPLETE) return undefined;
-  return interpret(latin1(bytes.subarray(start, headEnd)), lineEnd - start, marks);
+  return headEnd === INCOMPLETE ? undefined : interpret(latin1(bytes.subarray(start, headEnd)), lineEnd - start, marks);
 }
 
 /** Index of the first byte, from `at` on, that is not of the class. */
@@ -911,131 +968,152 @@ function endLine(bytes: Uint8Array, at: number, end: number): number {
   return at + 2;
 }
 
-/** Notes where a field line's name and value are (RFC 9112 §5). Returns where the next line begins. */
+/** Reads a field line (RFC 9112 §5). Returns where the next line begins. */
 function markField(bytes: Uint8Array, at: number, end: number, begin: number, marks: number[]): number {
-  if (marks.length >= FIELD_COUNT_LIMIT * 4) {
-    throw new FramingError(431, `Cannot parse head: it has more than ${FIELD_COUNT_LIMIT} fields`);
-  }
   const nameEnd = skip(bytes, at, end, IN_TOKEN);
   if (nameEnd === end) return INCOMPLETE;
   // §5.1: no space before the colon. §5.2: a line that begins with a space (obs-fold) is refused too.
   if (bytes[nameEnd] !== COLON || nameEnd === at) {
     throw new FramingError(400, "Cannot parse field: expected a name, then a colon");
   }
-  const valueStart = skip(bytes, nameEnd + 1, end, IN_SPACE);
-  const lineEnd = skip(bytes, valueStart, end, IN_VALUE);
-  let valueEnd = lineEnd;
-  while (valueEnd > valueStart && (CLASSES[bytes[valueEnd - 1]!]! & IN_SPACE) !== 0) valueEnd--;
-  marks.push(at - begin, nameEnd - begin, valueStart - begin, valueEnd - begin);
+  const valueStart = skip(bytes, nameEnd + 1, end, IN_SPACE), lineEnd = skip(bytes, valueStart, end, IN_VALUE);
+  const field = FIELD_BY_SHAPE.get(shapeOf(nameEnd - at, bytes[at]!, bytes[nameEnd - 1]!));
+  if (field !== undefined && isName(bytes, at, MARKED_FIELDS[field]!)) {
+    let valueEnd = lineEnd;
+    while (valueEnd > valueStart && (CLASSES[bytes[valueEnd - 1]!]! & IN_SPACE) !== 0) valueEnd--;
+    marks[field * 2] = marks[field * 2] === 0 ? valueStart - begin : SEVERAL_LINES;
+    marks[field * 2 + 1] = valueEnd - begin;
+  }
   return endLine(bytes, lineEnd, end);
 }
 
-const REQUEST_LINE = /^(?<method>[!#$%&'*+\-.^_`|~0-9A-Za-z]+) (?<target>[^ ]+) HTTP\/(?<major>\d)\.(?<minor>\d)$/;
+function shapeOf(length: number, first: number, last: number): number {
+  return length << 16 | (first | 0x20) << 8 | last | 0x20;
+}
 
-/** What the marked lines mean: version, target, host, framing, persistence. */
-function interpret(text: string, lineLength: number, marks: readonly number[]): RequestHead {
-  const line = text.slice(0, lineLength);
-  const { method, target, major, minor } = REQUEST_LINE.exec(line)?.groups ?? {};
-  if (method === undefined || target === undefined) {
-    throw new FramingError(400, `Cannot parse request line "${line.slice(0, 200)}"`);
+/** Whether these bytes, which are as many, are the name, in any case. */
+function isName(bytes: Uint8Array, at: number, name: string): boolean {
+  for (let i = 0; i < name.length; i++) {
+    if ((bytes[at + i]! | 0x20) !== (name.charCodeAt(i) | 0x20)) return false;
   }
-  if (major !== "1") throw new FramingError(505, `HTTP/${major}.${minor} is not spoken here, HTTP/1.1 is`);
+  return true;
+}
+
+/** What the lines mean: version, target, host, framing, persistence. */
+function interpret(text: string, lineEnd: number, marks: Marks): RequestHead {
+  const methodEnd = text.indexOf(" "), targetEnd = lineEnd - " HTTP/1.1".length;
+  const method = text.slice(0, methodEnd), target = text.slice(methodEnd + 1, targetEnd);
+  const version = text.slice(targetEnd, lineEnd), minor = version === " HTTP/1.1" ? 1 : parseVersion(version);
+  const isSound = methodEnd > 0 && target.length > 0 && (method === "GET" || TOKEN.test(method));
+  if (minor === undefined || !isSound || target.includes(" ")) {
+    throw new FramingError(400, `Cannot parse request line "${text.slice(0, Math.min(lineEnd, 200))}"`);
+  }
   if (target.length > TARGET_LIMIT) throw new FramingError(414, `The target exceeds ${TARGET_LIMIT} bytes`);
-  const fields = { text, marks };
-  let safeLine: string | undefined;
-  const connection = parseList(fieldValue(fields, "connection")?.toLowerCase() ?? "");
-  return {
-    text,
-    get line() {
-      return safeLine ??= escapeWire(line.replace(/["\\]/g, "\\$&"));
-    },
-    method,
-    target,
-    minor: minor === "0" ? 0 : 1,
-    ...parseTarget(method, target, parseHost(fields, minor === "0")),
-    framing: parseFraming(fields, minor === "0"),
-    persistent: !connection.includes("close") && (minor !== "0" || connection.includes("keep-alive")),
-    marks,
-  };
+  const fields = { text, marks }, connection = fieldValue(fields, "connection");
+  const host = parseHost(fieldValue(fields, "host"), minor),
+    { authority, path, query } = parseTarget(method, target, host);
+  const framing = parseFraming(fields, minor), persistent = isPersistent(connection, minor);
+  return { text, method, target, authority, path, query, minor, framing, persistent, marks };
+}
+
+/** The minor version; undefined if this names none. Throws 505 for other major ones. */
+function parseVersion(text: string): 0 | 1 | undefined {
+  const { major, minor } = /^ HTTP\/(?<major>\d)\.(?<minor>\d)$/.exec(text)?.groups ?? {};
+  if (major === undefined) return undefined;
+  if (major !== "1") throw new FramingError(505, `HTTP/${major}.${minor} is not spoken here, HTTP/1.1 is`);
+  return minor === "0" ? 0 : 1;
+}
+
+const connectionOptions = remembered((connection: string) => parseList(connection.toLowerCase()));
+
+/** RFC 9112 §9.3: HTTP/1.1 goes on unless told otherwise, HTTP/1.0 only if asked to. */
+function isPersistent(connection: string | undefined, minor: 0 | 1): boolean {
+  if (connection === undefined) return minor === 1;
+  const options = connectionOptions(connection);
+  return !options.includes("close") && (minor === 1 || options.includes("keep-alive"));
 }
 
 /** The field's value, those of several lines joined (RFC 9110 §5.3); `name` in lower case. */
-function fieldValue({ text, marks }: Pick<RequestHead, "text" | "marks">, name: string): string | undefined {
-  let value: string | undefined;
-  for (let i = 0; i < marks.length; i += 4) {
-    if (marks[i + 1]! - marks[i]! !== name.length) continue;
-    if (text.slice(marks[i], marks[i + 1]).toLowerCase() !== name) continue;
-    const line = text.slice(marks[i + 2], marks[i + 3]);
-    value = value === undefined ? line : `${value}, ${line}`;
-  }
-  return value;
+function fieldValue(head: Pick<RequestHead, "text" | "marks">, name: string): string | undefined {
+  const field = FIELD_INDEX.get(name), start = field === undefined ? SEVERAL_LINES : head.marks[field * 2]!;
+  if (start === 0) return undefined;
+  if (start !== SEVERAL_LINES) return head.text.slice(start, head.marks[field! * 2 + 1]!);
+  const values = fieldLines(head).filter(([each]) => each.toLowerCase() === name).map(([, value]) => value);
+  return values.length === 0 ? undefined : values.join(", ");
 }
 
 /** Every field line of a head, in order. */
-function fieldLines({ text, marks }: RequestHead): Field[] {
-  const lines: Field[] = [];
-  for (let i = 0; i < marks.length; i += 4) {
-    lines.push([text.slice(marks[i], marks[i + 1]), text.slice(marks[i + 2], marks[i + 3])]);
-  }
-  return lines;
+function fieldLines({ text }: Pick<RequestHead, "text">): Field[] {
+  return text.split("\r\n").slice(1, -2).map((line) => {
+    const colon = line.indexOf(":");
+    return [line.slice(0, colon), trimSpace(line.slice(colon + 1))];
+  });
 }
 
-const AUTHORITY = /^(?<host>[0-9A-Za-z\-._~!$&'()*+,;=%]*|\[[0-9A-Fa-f:.]+\])(?::(?<port>\d{0,5}))?$/;
+/** RFC 3986 §3.2: a host that is not empty, with or without a port; or nothing at all. */
+const AUTHORITY = /^(?:(?!\.*(?::|$))(?:[0-9A-Za-z\-._~!$&'()*+,;=%]+|\[[0-9A-Fa-f:.]+\])(?::(?<port>\d{0,5}))?)?$/;
+
+/** An authority in lower case; undefined if this is none. Few are asked for, again and again. */
+const authorityOf = remembered((text: string): string | undefined => {
+  const match = AUTHORITY.exec(text);
+  return match !== null && Number(match[1] ?? 0) <= 65535 ? text.toLowerCase() : undefined;
+});
 
 /** RFC 9112 §3.2: exactly one Host in HTTP/1.1, and a sound one. */
-function parseHost(fields: Pick<RequestHead, "text" | "marks">, old: boolean): string {
-  const host = fieldValue(fields, "host");
-  if (host === undefined && old) return "";
+function parseHost(host: string | undefined, minor: 0 | 1): string {
+  if (host === undefined && minor === 0) return "";
   if (host === undefined) throw new FramingError(400, "Cannot parse head: it has no Host");
   // Two Host lines are joined by a comma and a space, which no authority has.
-  if (!AUTHORITY.test(host)) throw new FramingError(400, "Cannot parse Host: expected one host and port");
-  return host.toLowerCase();
+  return authorityOf(host) ?? refuseHost();
 }
 
-const ABSOLUTE = /^https?:\/\/(?<authority>[^/?#]+)(?<rest>[^#]*)$/i;
+function refuseHost(): never {
+  throw new FramingError(400, "Cannot parse Host: expected one host and port");
+}
 
 /** The four forms of a target (RFC 9112 §3.2): origin, absolute, authority, asterisk. */
 function parseTarget(method: string, target: string, host: string): Pick<RequestHead, "authority" | "path" | "query"> {
-  if (method === "CONNECT" && AUTHORITY.test(target)) {
-    return { authority: target.toLowerCase(), path: "", query: undefined };
-  }
   if (method === "OPTIONS" && target === "*") return { authority: host, path: "*", query: undefined };
-  const absolute = target.startsWith("/") ? undefined : ABSOLUTE.exec(target)?.groups;
-  const authority = absolute === undefined ? host : absolute.authority!.toLowerCase();
-  const rest = absolute === undefined ? target : absolute.rest!.replace(/^(?!\/)/, "/");
-  if (method === "CONNECT" || !rest.startsWith("/") || rest.includes("#") || !AUTHORITY.test(authority)) {
-    throw new FramingError(400, `Cannot parse target "${target.slice(0, 200)}"`);
-  }
-  const mark = rest.indexOf("?");
-  return mark < 0
-    ? { authority, path: rest, query: undefined }
-    : { authority, path: rest.slice(0, mark), query: rest.slice(mark + 1) };
+  const before = target.startsWith("/") ? "" : method === "CONNECT" ? target : /^https?:\/\/[^/?#]+/i.exec(target)?.[0];
+  const authority = before && authorityOf(before.replace(/^https?:\/\//i, ""));
+  const isSound = before === "" ? method !== "CONNECT" : authority !== undefined;
+  if (!isSound || target.includes("#")) throw new FramingError(400, `Cannot parse target "${target.slice(0, 200)}"`);
+  const rest = before === "" ? target : target.slice(before!.length), mark = rest.indexOf("?");
+  const path = mark < 0 ? rest : rest.slice(0, mark), query = mark < 0 ? undefined : rest.slice(mark + 1);
+  return { authority: authority || host, path: path === "" && method !== "CONNECT" ? "/" : path, query };
 }
 
 /** RFC 9112 §6.3, without its mercies: any doubt about the length is a 400. */
-function parseFraming(fields: Pick<RequestHead, "text" | "marks">, old: boolean): Framing {
-  const coding = fieldValue(fields, "transfer-encoding");
-  const length = fieldValue(fields, "content-length");
-  if (coding !== undefined) {
-    if (length !== undefined) {
-      throw new FramingError(400, "Cannot frame content: both Content-Length and Transfer-Encoding");
-    }
-    if (old) throw new FramingError(400, "Cannot frame content: Transfer-Encoding in HTTP/1.0");
-    if (/^chunked$/i.test(coding)) return { kind: "chunked" };
-    if (/^(?:gzip|x-gzip|deflate|compress|x-compress), ?chunked$/i.test(coding)) {
-      throw new FramingError(501, `The transfer coding "${coding}" is not implemented`);
-    }
-    throw new FramingError(400, `Cannot parse Transfer-Encoding "${coding.slice(0, 100)}"`);
+function parseFraming(fields: Pick<RequestHead, "text" | "marks">, minor: 0 | 1): Framing {
+  const coding = fieldValue(fields, "transfer-encoding"), length = fieldValue(fields, "content-length");
+  if (coding === undefined && length === undefined) return NO_CONTENT;
+  if (coding === undefined) return parseLength(length!);
+  if (length !== undefined) {
+    throw new FramingError(400, "Cannot frame content: both Content-Length and Transfer-Encoding");
   }
-  if (length === undefined) return { kind: "none" };
-  // Fifteen digits stay below 2^53; two equal lengths ("5, 5") are refused as two different ones are.
-  if (!/^\d{1,15}$/.test(length)) throw new FramingError(400, `Cannot parse Content-Length "${length.slice(0, 100)}"`);
-  return Number(length) === 0 ? { kind: "none" } : { kind: "length", length: Number(length) };
+  if (minor === 0) throw new FramingError(400, "Cannot frame content: Transfer-Encoding in HTTP/1.0");
+  if (/^chunked$/i.test(coding)) return { kind: "chunked" };
+  // Another coding below the chunks can be framed, but not understood (RFC 9112 §6.1).
+  const codings = coding.toLowerCase().split(",").map(trimSpace), last = codings.pop();
+  if (last === "chunked" && codings.every((name) => TOKEN.test(name) && !/^(?:chunked|identity)$/.test(name))) {
+    throw new FramingError(501, `The transfer coding "${coding.slice(0, 100)}" is not implemented`);
+  }
+  throw new FramingError(400, `Cannot parse Transfer-Encoding "${coding.slice(0, 100)}"`);
+}
+
+/** A Content-Length. Two equal ones ("5, 5") are refused as two different ones are. */
+function parseLength(text: string): Framing {
+  // Fifteen digits stay below 2^53.
+  const digits = /^\d+$/.test(text) ? text.replace(/^0+/, "") : undefined;
+  if (digits === undefined || digits.length > 15) {
+    throw new FramingError(400, `Cannot parse Content-Length "${text.slice(0, 100)}"`);
+  }
+  return digits === "" ? NO_CONTENT : { kind: "length", length: Number(digits) };
 }
 
 /** The size that a chunk's first line gives; extensions are ignored (RFC 9112 §7.1). */
 function parseChunkSize(line: string): number {
-  const { size } = /^(?<size>[0-9A-Fa-f]{1,8})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?$/.exec(line)?.groups ?? {};
+  const { size } = /^0*(?<size>[0-9A-Fa-f]{1,8})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?$/.exec(line)?.groups ?? {};
   if (size === undefined) throw new FramingError(400, `Cannot parse chunk size "${line.slice(0, 40)}"`);
   return parseInt(size, 16);
 }
@@ -1044,172 +1122,7 @@ function parseChunkSize(line: string): number {
 // One request and its answer: refuses what is not for us, finds what it is for, has it answered, sends that, and turns
 // every error into a response.
 
-/** Answers requests up to the first that has to be waited for, and that one. */
-async function serveNext(server: HttpServer, connection: Connection): Promise<void> {
-  try {
-    const message = await connection.next((known) => respond(server, connection, known));
-    if (message === undefined) connection.closing = true;
-    else await send(server, connection, message, connection.current!.head);
-  } catch (error) {
-    await sendError(server, connection, error);
-  }
-}
-
-/** Answers one request: with bytes if that is possible at once, else with the promise of a message. */
-function respond(
-  server: HttpServer,
-  connection: Connection,
-  known: KnownHead,
-): Uint8Array | Promise<Uint8Array | Message> {
-  const { head } = known, last = known.message?.deref(), now = Date.now();
-  if (last !== undefined && !server.draining && last.isFresh!(now)) {
-    server.log.access(clientOf(server, connection, head), head, last);
-    if (!head.persistent) connection.close(false);
-    return readyBytes(server, last, head, now);
-  }
-  server.log.wire(head.text, "<");
-  const incoming = new IncomingRequest(server, connection, head);
-  const resource = known.route ?? admit(server, incoming, known);
-  const message = resource instanceof Promise
-    ? resource.then((resource) => represent(server, incoming, known, resource))
-    : represent(server, incoming, known, resource);
-  return message instanceof Promise
-    ? message.then<Uint8Array | Message>((message) => finish(server, connection, known, message))
-    : finish(server, connection, known, message);
-}
-
-/** Refuses what is not for us, and finds what it is for: a route is remembered with the head. */
-function admit(server: HttpServer, incoming: IncomingRequest, known: KnownHead): Resource | Promise<Resource> {
-  const expectation = incoming.header("expect"), { cors } = server.settings;
-  if (expectation !== undefined && !EXPECTS_CONTINUE.test(expectation)) {
-    throw new HttpError(417, `The expectation "${expectation.slice(0, 100)}" cannot be met`);
-  }
-  if (!server.answersTo(incoming.authority)) {
-    throw new HttpError(421, "This server does not answer to that host name (--allow-host lets it)");
-  }
-  const isPreflight = incoming.method === "OPTIONS" && incoming.header("access-control-request-method") !== undefined;
-  if (cors && isPreflight) return { kind: "route", handler: () => ({ status: 204, headers: PREFLIGHT }), params: {} };
-  const resource = locate(server, incoming);
-  if (!(resource instanceof Promise) && resource.kind === "route") known.route = resource;
-  return resource;
-}
-
-/** What a preflight of Fetch §3.2.3 wants to hear. */
-const PREFLIGHT: Readonly<Record<string, string>> = {
-  "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, PATCH, DELETE",
-  "Access-Control-Allow-Headers": "*, Authorization",
-  "Access-Control-Max-Age": "86400",
-};
-
-/** The bytes of a message that answers equal requests: made anew when its Date is no longer true. */
-function readyBytes(server: HttpServer, message: WholeMessage, head: RequestHead, now: number): Uint8Array {
-  const second = Math.trunc(now / 1000), ready = message.ready ??= {};
-  const kind = head.persistent ? "persistent" : "last";
-  if (ready[kind]?.second !== second) ready[kind] = { second, bytes: compose(server, message, head, head.persistent) };
-  return ready[kind].bytes;
-}
-
-/**
- * A whole response as bytes, unless there is content of the request to read first, or of the response to
- * make on the way: then the message itself. Remembers what may be sent again.
- */
-function finish(
-  server: HttpServer,
-  connection: Connection,
-  known: KnownHead,
-  message: Message,
-): Uint8Array | Promise<Message> {
-  const { head } = known;
-  if (!isWhole(message) || head.framing.kind !== "none") return Promise.resolve(message);
-  const persistent = persists(server, connection, head);
-  const repeatable = message.isFresh !== undefined && head.method === "GET" && head.minor === 1;
-  if (repeatable && persistent === head.persistent && server.settings.log !== "wire") {
-    known.message = message.content.length <= REPEATABLE_LIMIT ? { deref: () => message } : new WeakRef(message);
-  }
-  server.log.access(clientOf(server, connection, head), head, message);
-  const again = message === known.said?.message && persistent && server.settings.log !== "wire";
-  return again ? readyBytes(server, message, head, Date.now()) : compose(server, message, head, persistent);
-}
-
-/** The client's address; with `--trust-proxy`, the one that the proxy before us gives (RFC 7239 §5.2). */
-function clientOf(server: HttpServer, connection: Connection, head: RequestHead | undefined): string {
-  if (!server.settings.trustProxy || head === undefined) return connection.remote;
-  const forwarded = fieldValue(head, "forwarded")?.match(/^.*\bfor="?\[?([^\s;,"\]]+)/i)?.[1];
-  // Only the last address was written by the proxy that we trust; those before it came from the client.
-  const client = forwarded ?? parseList(fieldValue(head, "x-forwarded-for") ?? "").at(-1);
-  return client !== undefined && /^[0-9A-Za-z.:_%-]{1,64}$/.test(client) ? client : connection.remote;
-}
-
-/** Whether the connection goes on after this response (RFC 9112 §9.3); if not, it is told so. */
-function persists(server: HttpServer, connection: Connection, head: RequestHead): boolean {
-  const able = !server.draining && !connection.closing && connection.canFollow(server.settings.maxBody);
-  if (!able || !head.persistent) connection.close(!able);
-  return able && head.persistent;
-}
-
-/** Writes a response that is not just bytes, or comes before the request's content is read. */
-async function send(
-  server: HttpServer,
-  connection: Connection,
-  message: Message,
-  head: RequestHead | undefined,
-): Promise<void> {
-  if (!isWhole(message)) await writeStream(server, connection, message as Message & { content: Stream }, head!);
-  else {
-    const persistent = head !== undefined && persists(server, connection, head);
-    server.log.access(clientOf(server, connection, head), head, message);
-    const isHead = head === undefined ? connection.startsWith("HEAD ") : head.method === "HEAD";
-    await connection.write(compose(server, message, head, persistent, isHead));
-  }
-  await connection.skipContent(server.settings.maxBody);
-}
-
-/** Turns what was thrown into a response, if one can still be sent. */
-async function sendError(server: HttpServer, connection: Connection, error: unknown): Promise<void> {
-  if (connection.midway && !(error instanceof Disconnected)) server.log.line(`answer broken off: ${messageOf(error)}`);
-  if (error instanceof Disconnected || connection.midway) return connection[Symbol.dispose]();
-  if (error instanceof FramingError) connection.close();
-  const head = connection.current?.head;
-  await send(server, connection, await describeError(server, connection, head, error), head);
-}
-
-/** A small page that says what went wrong, or what `onError` makes of it. */
-async function describeError(
-  server: HttpServer,
-  connection: Connection,
-  head: RequestHead | undefined,
-  error: unknown,
-): Promise<Message> {
-  const expected = error instanceof HttpError;
-  if (!expected || error.cause !== undefined) {
-    server.log.line(`error: ${head?.line ?? "no request"}: ${messageOf(expected ? error.cause : error)}`);
-  }
-  if (!expected && head !== undefined && server.options.onError !== undefined) {
-    try {
-      const content = await server.options.onError(error);
-      if (content) return await representContent(server, new IncomingRequest(server, connection, head), content);
-    } catch (error) {
-      server.log.line(`error in onError: ${messageOf(error)}`);
-    }
-  }
-  const { status, message, fields } = expected ? error : new HttpError(500, "The server could not make this page");
-  const charset = server.settings.charset ?? "utf-8", title = `${status} ${REASONS[status] ?? "Error"}`;
-  const page =
-    `<!DOCTYPE html>\n<html lang="en"><meta name="viewport" content="width=device-width"><title>${title}</title>
-<h1>${title}</h1>\n<p>${escapeMarkup(escapeControls(message))}.</p>\n`;
-  const content = encodeText(page, charset, "html").bytes;
-  return {
-    status,
-    fields: [
-      ["Content-Type", contentType("text/html", charset, undefined)],
-      ...fields.map(([name, value]) => checkField(name, value)),
-    ],
-    content,
-    charset,
-  };
-}
-
-/** A request as a handler sees it. Whatever costs something is made when it is asked for. */
+/** A request as a handler sees it. What costs something is made when it is asked for. */
 export interface Incoming {
   /** Method, as it came. */
   readonly method: string;
@@ -1229,6 +1142,8 @@ export interface Incoming {
   readonly remote: string;
   /** Name of the charset in force: what the request selects, else what the server was told, else utf-8. */
   readonly charset: string;
+  /** Head of the response as it goes, for a stream that shows it; undefined before. */
+  readonly responseHead: string | undefined;
   /** The same as the web's `Request`, for what speaks it: `({ request }) => app.fetch(request)`. */
   readonly request: Request;
   /** Value of a field, those of several lines joined by commas; undefined if absent. */
@@ -1247,20 +1162,163 @@ export interface Incoming {
   form(): Promise<URLSearchParams>;
 }
 
-class IncomingRequest implements Incoming {
-  params: Readonly<Record<string, string>> = {};
+const NO_PARAMS: Readonly<Record<string, string>> = Object.freeze({});
+
+class Exchange implements Incoming {
+  params = NO_PARAMS;
+  responseHead: string | undefined;
   readonly head: RequestHead;
-  readonly #server: HttpServer;
+  readonly server: HttpServer;
+  /** When it began, in milliseconds. */
+  readonly now = Date.now();
   readonly #connection: Connection;
-  #content: Promise<Uint8Array<ArrayBuffer>> | undefined;
+  /** Why the request was refused before anybody looked what it wants. */
+  readonly #refusal: unknown;
+  readonly #content: RequestContent | undefined;
+  #bytes: Promise<Uint8Array<ArrayBuffer>> | undefined;
   #query: URLSearchParams | undefined;
   #request: Request | undefined;
   #selected: string | undefined | null = null;
 
-  constructor(server: HttpServer, connection: Connection, head: RequestHead) {
-    this.#server = server;
+  constructor(server: HttpServer, connection: Connection, head: RequestHead, refusal?: unknown) {
+    this.server = server;
     this.#connection = connection;
     this.head = head;
+    this.#refusal = refusal;
+    this.#content = head.framing.kind === "none" ? undefined : this.#expectContent();
+  }
+
+  #expectContent(): RequestContent {
+    const awaitsContinue = this.head.minor === 1 && this.header("expect") !== undefined;
+    return new RequestContent(this.#connection, this.head.framing, this.server.settings.maxBody, awaitsContinue);
+  }
+
+  /** The answer: at once, if nothing has to be waited for. Whatever goes wrong becomes an answer, too. */
+  answer(): WholeMessage | Promise<Message> {
+    let message: Message | Promise<Message>;
+    try {
+      this.server.log.request(this.number, this.head.text);
+      if (this.#refusal !== undefined) throw this.#refusal;
+      message = admit(this) ?? represent(this, locate(this));
+    } catch (error) {
+      message = this.#explain(error);
+    }
+    if (message instanceof Promise) return message.catch((error) => this.#explain(error));
+    return isWhole(message) && this.#content === undefined ? message : Promise.resolve(message);
+  }
+
+  /** Turns what was thrown into a response: a small page that says what went wrong, or what `onError` makes of it. */
+  #explain(error: unknown): Message | Promise<Message> {
+    const { log, options: { onError } } = this.server, isExpected = error instanceof HttpError;
+    if (error instanceof Disconnected) throw error;
+    if (error instanceof FramingError) this.#connection.close("linger");
+    if (!isExpected || error.cause !== undefined) {
+      log.line(`error: ${this.line}: ${describe(isExpected ? error.cause : error)}`);
+    }
+    return isExpected || onError === undefined ? errorMessage(this, error) : this.#askOnError(onError, error);
+  }
+
+  async #askOnError(onError: NonNullable<ServeOptions["onError"]>, error: unknown): Promise<Message> {
+    try {
+      const content = await onError(error);
+      if (content) return await representContent(this, content);
+    } catch (error) {
+      this.server.log.line(`error in onError: ${describe(error)}`);
+    }
+    return errorMessage(this, error);
+  }
+
+  /** Writes a response that had to be waited for, or whose content is made on the way. */
+  async send(message: Message): Promise<void> {
+    using _ = this.#content;
+    try {
+      await (isWhole(message) ? this.#connection.write(this.compose(message)) : this.#stream(message));
+    } catch (error) {
+      // A stream failed before its first byte: the error can still be told.
+      const instead = await this.#explain(error);
+      await this.#connection.write(this.compose(isWhole(instead) ? instead : errorMessage(this, error)));
+    }
+    if (this.#content !== undefined && this.#connection.ending === "no" && !await this.#content.skip()) {
+      this.#connection.close("linger");
+    }
+  }
+
+  /** Head and content in one piece, for one write; what is kept to be sent again is composed once a second. */
+  compose(message: WholeMessage): Uint8Array {
+    const goesOn = this.#goesOn(), { method, minor } = this.head, { kept } = message, date = this.server.date();
+    const kind = (goesOn ? 1 : 0) + minor * 2 + (method === "HEAD" ? 4 : 0);
+    if (kept !== undefined && kept.date !== date) [kept.date, kept.composed] = [date, []];
+    const bytes = kept?.composed[kind] ?? composeMessage(this.server, message, this.head, goesOn);
+    if (kept !== undefined) kept.composed[kind] = bytes;
+    this.server.log.response(this, message, () => headOf(bytes), message.content.length);
+    return bytes;
+  }
+
+  /** Whether the connection goes on after this response (RFC 9112 §9.3); if not, it ends with it. */
+  #goesOn(): boolean {
+    const isAble = !this.server.draining && (this.#content?.canBeSkipped ?? true);
+    if (isAble && this.head.persistent && this.#connection.ending === "no") return true;
+    // Who asked for the end has nothing more to send, but perhaps the content that nobody read.
+    const isExpected = isAble && this.#content === undefined;
+    if (this.#connection.ending === "no") this.#connection.close(isExpected ? "close" : "linger");
+    return false;
+  }
+
+  /** Writes a response whose content is made on the way. */
+  async #stream(message: StreamMessage): Promise<void> {
+    const { content, status } = message, { head, server } = this, connection = this.#connection;
+    const isChunked = content.length === undefined && head.minor === 1;
+    // HTTP/1.0 knows no chunks: there the end of the connection is the end.
+    if (content.length === undefined && !isChunked) connection.close("close");
+    const text = this.responseHead = formatHead(server, message, head, this.#goesOn());
+    let before: Uint8Array = latin1Bytes(text), sent = 0, isMidway = false;
+    if (head.method === "HEAD" || hasNoContent(status)) await content.cancel?.();
+    else {
+      // The head leaves with the first piece, if that is not long in coming: when it cannot be had, an error
+      // page can still be sent.
+      const pieces = content.read()[Symbol.asyncIterator]();
+      try {
+        const first = pieces.next();
+        if (content.isLive && !await settlesSoon(first)) {
+          isMidway = true;
+          await connection.write(before);
+          before = NO_BYTES;
+        }
+        for (let piece = await first; !piece.done; piece = await pieces.next()) {
+          if (piece.value.length === 0) continue;
+          isMidway = true;
+          await connection.write(framePiece(before, piece.value, isChunked));
+          before = NO_BYTES;
+          sent += piece.value.length;
+        }
+      } catch (error) {
+        if (!isMidway || error instanceof Disconnected) throw error;
+        server.log.line(`answer broken off: ${this.line}: ${describe(error)}`);
+        throw disconnected();
+      } finally {
+        await pieces.return?.();
+      }
+      if (isChunked) before = concat([before, LAST_CHUNK]);
+    }
+    await connection.write(before);
+    server.log.response(this, message, () => text, sent);
+  }
+
+  /** Number of the connection. */
+  get number(): number {
+    return this.#connection.number;
+  }
+
+  /** Name that the client proved itself with, for the log; `-` if none was asked for. */
+  get user(): string {
+    if (this.server.settings.auth.length === 0) return "-";
+    return escapeWire(credentialsOf(this).split(":", 1)[0]!.replace(/[\s"\\]/g, "_")) || "-";
+  }
+
+  /** The request line, safe to log. */
+  get line(): string {
+    const { text } = this.head, line = text.slice(0, Math.max(0, text.indexOf("\r\n")));
+    return escapeWire(line.replace(/["\\]/g, "\\$&")) || "-";
   }
 
   get method(): string {
@@ -1288,8 +1346,14 @@ class IncomingRequest implements Incoming {
     return this.head.authority;
   }
 
+  /** The client's address; with `--trust-proxy`, the one that the proxy before us gives (RFC 7239 §5.2). */
   get remote(): string {
-    return clientOf(this.#server, this.#connection, this.head);
+    const { remote } = this.#connection;
+    if (!this.server.settings.trustProxy) return remote;
+    const forwarded = this.header("forwarded")?.match(/^.*\bfor="?\[?([^\s;,"\]]+)/i)?.[1];
+    // Only the last address was written by the proxy that we trust; those before it came from the client.
+    const client = forwarded ?? parseList(this.header("x-forwarded-for") ?? "").at(-1);
+    return client !== undefined && /^[0-9A-Za-z.:_%-]{1,64}$/.test(client) ? client : remote;
   }
 
   get charset(): string {
@@ -1298,7 +1362,7 @@ class IncomingRequest implements Incoming {
 
   /** Like `charset`, but undefined if neither request nor server select one. */
   get selectedCharset(): string | undefined {
-    if (this.#selected === null) this.#selected = selectCharset(this.head, this.#server.settings.charset);
+    if (this.#selected === null) this.#selected = selectCharset(this.head, this.server.settings.charset);
     return this.#selected;
   }
 
@@ -1311,11 +1375,11 @@ class IncomingRequest implements Incoming {
   }
 
   bytes(): Promise<Uint8Array<ArrayBuffer>> {
-    if (this.#content === undefined) {
-      this.#content = this.#connection.receive(this.#server.settings.maxBody);
-      this.#content.catch(() => {}); // A handler that does not wait for it leaves no rejection behind.
+    if (this.#bytes === undefined) {
+      this.#bytes = this.#content?.bytes() ?? Promise.resolve(new Uint8Array());
+      this.#bytes.catch(() => {}); // A handler that does not wait for it leaves no rejection behind.
     }
-    return this.#content;
+    return this.#bytes;
   }
 
   async text(): Promise<string> {
@@ -1334,16 +1398,66 @@ class IncomingRequest implements Incoming {
   }
 
   #makeRequest(): Request {
-    const { method, authority, path, query, framing } = this.head;
-    const url = `${this.#server.secure ? "https" : "http"}://${authority || "localhost"}${path}${
-      query === undefined ? "" : `?${query}`
-    }`;
+    const { method, authority, path, query } = this.head, scheme = this.server.secure ? "https" : "http";
+    const url = `${scheme}://${authority || "localhost"}${path}${query === undefined ? "" : `?${query}`}`;
     if (!URL.canParse(url)) throw new HttpError(400, `Cannot parse Host "${authority}"`);
     const headers = new Headers(fieldLines(this.head).map(([name, value]) => [name, value]));
-    const hasContent = framing.kind !== "none" && method !== "GET" && method !== "HEAD";
+    const hasContent = this.#content !== undefined && method !== "GET" && method !== "HEAD";
     const body = hasContent ? ReadableStream.from(oncePromised(() => this.bytes())) : null;
     return new Request(url, { method, headers, body });
   }
+}
+
+/** Refuses what is not for this server, or not for this client. Answers a preflight, which asks for no resource. */
+function admit(exchange: Exchange): Message | Promise<Message> | undefined {
+  const { server, method } = exchange, expectation = exchange.header("expect"), { cors, auth } = server.settings;
+  if (expectation !== undefined && !EXPECTS_CONTINUE.test(expectation)) {
+    throw new HttpError(417, `The expectation "${expectation.slice(0, 100)}" cannot be met`);
+  }
+  if (!server.answersTo(exchange.authority)) {
+    const host = escapeControls(exchange.authority.replace(/:\d*$/, "").slice(0, 100));
+    throw new HttpError(421, `This server does not answer to that name: start it with --allow-host ${host}`);
+  }
+  if (cors && method === "OPTIONS" && exchange.header("access-control-request-method") !== undefined) {
+    return representContent(exchange, { status: 204, headers: PREFLIGHT });
+  }
+  if (auth.length > 0) authenticate(credentialsOf(exchange), auth);
+  return undefined;
+}
+
+const EXPECTS_CONTINUE = /^100-continue$/i;
+
+/** What a preflight of Fetch §3.2.3 wants to hear; the last is for pages of public sites (Private Network Access §3.2). */
+const PREFLIGHT: Readonly<Record<string, string>> = {
+  "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, PATCH, DELETE",
+  "Access-Control-Allow-Headers": "*, Authorization",
+  "Access-Control-Max-Age": "86400",
+  "Access-Control-Allow-Private-Network": "true",
+};
+
+/** Lets in whoever knows a name and its password. Throws 401. */
+function authenticate(given: string, credentials: readonly string[]): void {
+  // Every one is compared, in a time that says nothing of how much of it was right.
+  if (credentials.map((known) => isEqual(known, given)).includes(true)) return;
+  const challenge: Field = ["WWW-Authenticate", 'Basic realm="charserve", charset="UTF-8"'];
+  throw new HttpError(401, "A name and a password are needed here", [challenge]);
+}
+
+/** `name:password` of a request (RFC 7617 §2): base64 of UTF-8; empty if there is none. */
+function credentialsOf(exchange: Exchange): string {
+  const token = /^basic +([A-Za-z0-9+/]+={0,2})$/i.exec(exchange.header("authorization") ?? "")?.[1];
+  try {
+    return token === undefined ? "" : UTF8_DECODER.decode(latin1Bytes(atob(token)));
+  } catch {
+    return "";
+  }
+}
+
+/** Whether two texts are equal, without stopping at the first difference. */
+function isEqual(known: string, given: string): boolean {
+  let difference = known.length ^ given.length;
+  for (let i = 0; i < known.length; i++) difference |= known.charCodeAt(i) ^ (given.charCodeAt(i) || 0);
+  return difference === 0;
 }
 
 async function* oncePromised<T>(make: () => Promise<T>): AsyncGenerator<T> {
@@ -1413,8 +1527,8 @@ function withoutReferences(text: string, encoding: string): string {
 }
 
 // ── Resource ─────────────────────────────────────────────────────────────────────────────────────
-// A target names a resource: a route that a program adds, or a file below ROOT. Nothing outside ROOT
-// has a name here.
+// A target names a resource: a route that a program adds, or a file below ROOT. Nothing outside ROOT has a name
+// here. What a path leads to is kept, also that it leads to nothing, and looked at again after a moment.
 
 /** Answers the requests of a route. May throw {@linkcode HttpError}. */
 export type Handler = (incoming: Incoming) => Content | Promise<Content>;
@@ -1425,179 +1539,358 @@ export type Handler = (incoming: Incoming) => Content | Promise<Content>;
  */
 export type Route = readonly [pattern: RegExp, handler: Handler, methods?: readonly string[]];
 
-const KNOWN_METHODS = ["GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE", "CONNECT", "TRACE"];
-
 /** What a target turned out to name. */
 type Resource =
-  | { readonly kind: "route"; readonly handler: Handler; readonly params: Readonly<Record<string, string>> }
-  | { readonly kind: "file"; readonly file: FileFound }
+  | RouteResource
+  | { readonly kind: "methods"; readonly allow: string }
+  | { readonly kind: "file"; readonly file: FileFound; readonly status: 200 | 404 }
   | { readonly kind: "folder"; readonly path: string; readonly segments: readonly string[] }
   | { readonly kind: "redirect"; readonly location: string };
 
-/** A regular file below ROOT. */
+/** A route, and the text that its handler returned last, with the responses made of it. */
+interface RouteResource {
+  readonly kind: "route";
+  readonly pattern: RegExp;
+  readonly handler: Handler;
+  readonly methods: readonly string[];
+  text?: string;
+  variants: Map<string, WholeMessage>;
+}
+
+function routeResource([pattern, handler, methods = ["GET"]]: Route): RouteResource {
+  return { kind: "route", pattern, handler, methods, variants: new Map() };
+}
+
+const KNOWN_METHODS = ["GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE", "CONNECT", "TRACE"];
+
+/** Finds what a request names: the first route that fits, else a file. Throws 404, 405 or 501. */
+function locate(exchange: Exchange): Resource {
+  const { server, method } = exchange, isReading = method === "GET" || method === "HEAD";
+  for (const route of server.routes) {
+    const takesMethod = route.methods.includes(method) || method === "HEAD" && route.methods.includes("GET");
+    const match = takesMethod ? matchRoute(route, exchange) : null;
+    if (match === null) continue;
+    if (match.groups !== undefined) exchange.params = Object.freeze({ ...match.groups });
+    return route;
+  }
+  if (isReading && server.root !== undefined && exchange.head.path !== "*") return locateFile(exchange);
+  return describeMethods(exchange);
+}
+
+function matchRoute({ pattern }: RouteResource, exchange: Exchange): RegExpExecArray | null {
+  pattern.lastIndex = 0; // Should it be global or sticky, it starts anew.
+  return pattern.exec(exchange.head.path === "*" ? "*" : exchange.path);
+}
+
+/** Which methods a path takes, for a request whose own is none of them. */
+function describeMethods(exchange: Exchange): Resource {
+  const { server, method, head } = exchange, isAsterisk = head.path === "*";
+  const routes = server.routes.filter((route) => matchRoute(route, exchange) !== null);
+  const allowed = new Set(routes.flatMap(({ methods }) => methods));
+  if (server.root !== undefined && !isAsterisk) allowed.add("GET");
+  if (allowed.has("GET")) allowed.add("HEAD");
+  const allow = [...allowed, "OPTIONS"].join(", ");
+  if (method === "OPTIONS" && (allowed.size > 0 || isAsterisk)) return { kind: "methods", allow };
+  if (!KNOWN_METHODS.includes(method)) throw new HttpError(501, "This method is not implemented");
+  if (allowed.size === 0 && method !== "CONNECT" && method !== "TRACE") throw new HttpError(404, "Nothing is here");
+  throw new HttpError(405, "This method is not allowed here", [["Allow", allow]]);
+}
+
+/** ROOT as it is now: a folder, or a single file. Should its name be a link that is swapped, that is another site. */
+interface Site {
+  /** No part of it is a symbolic link. */
+  readonly path: string;
+  readonly info: Deno.FileInfo;
+  readonly isFile: boolean;
+  /** What paths lead to, by path, and by the charset that they were read in where that matters. */
+  readonly places: Cache<Place>;
+}
+
+/** What a path led to. */
+interface Place {
+  readonly resource: Resource | undefined;
+  readonly evidence: Evidence;
+}
+
+/** What something was decided by. */
+interface Evidence {
+  /** What the place is kept under. */
+  readonly key: string;
+  readonly looks: Look[];
+  /** When the last look was, in milliseconds, and for how long it is believed. */
+  looked: number;
+  lifetime: number;
+}
+
+/** A path that was looked at. */
+interface Look {
+  readonly path: string;
+  readonly found: Found | undefined;
+  /** If nothing was found, the folder, unless it just changed: what is missing cannot appear without changing it. */
+  readonly folder: Deno.FileInfo | undefined;
+}
+
+/** What is there, and where: a path without symbolic links. */
+interface Found {
+  readonly real: string;
+  readonly info: Deno.FileInfo;
+}
+
+/** What a place is thought to cost besides the responses that are kept with it, in bytes. */
+const PLACE_SIZE = 1024;
+/** Longest that something is believed without another look, in milliseconds. */
+const LONGEST_LIFETIME = 100;
+/** What is believed so much of the time since it last changed: RFC 9111 §4.2.2 calls that heuristic freshness. */
+const LIFETIME_SHARE = 0.01;
+/** Time within which a second change may not show, in milliseconds: Deno gives the time of the last change in seconds. */
+const GRANULARITY = 1050;
+
+/** Finds the file, folder or redirection that a path names; else what stands in for it. Throws 404. */
+function locateFile(exchange: Exchange): Resource {
+  const { head: { path }, server } = exchange, { fallback } = server.settings;
+  const key = isPlain(path) ? path : `${path} ${exchange.charset}`;
+  const found = placeOf(server, key, (site, evidence) => findPath(exchange, site, evidence));
+  if (found !== undefined) return found;
+  // A page stands in for pages: whoever asks for a script or an image is not helped by one.
+  const isPage = typeOfExtension(percentDecodeText(path, "utf-8"), server.settings.type) === undefined;
+  const page = fallback === undefined || !isPage ? undefined : placeOfName(server, fallback, 200);
+  const instead = page ?? placeOfName(server, "404.html", 404);
+  if (instead === undefined) throw new HttpError(404, "Nothing is here");
+  return instead;
+}
+
+/** A file of ROOT that the server itself looks for. */
+function placeOfName(server: HttpServer, name: string, status: 200 | 404): Resource | undefined {
+  return placeOf(server, `\0${name}`, (site, evidence) => {
+    const path = pathBelow(site, name), found = site.isFile ? undefined : look(server, site, evidence, path);
+    return found?.info.isFile ? fileResource(path, found, evidence, status) : undefined;
+  });
+}
+
+/** What is kept under a key, if it is still true; else what is found now. */
+function placeOf(server: HttpServer, key: string, find: (site: Site, evidence: Evidence) => Resource | undefined) {
+  const site = server.site(), now = Date.now();
+  let place = site.places.get(key);
+  if (place === undefined || !isBelieved(place.evidence, now) && !isStillTrue(server, site, place.evidence, now)) {
+    const evidence: Evidence = { key, looks: [], looked: now, lifetime: LONGEST_LIFETIME };
+    place = { resource: find(site, evidence), evidence };
+    site.places.set(key, place, PLACE_SIZE);
+  }
+  return place.resource;
+}
+
+function isBelieved({ looked, lifetime }: Evidence, now: number): boolean {
+  return now - looked < lifetime && now >= looked;
+}
+
+/** Looks again at all that something was decided by. */
+function isStillTrue(server: HttpServer, site: Site, evidence: Evidence, now: number): boolean {
+  const isTrue = evidence.looks.every(({ path, found, folder }) => {
+    // What was reached without a link is the same thing if its identity is, however it is reached now.
+    if (found?.real === path) return isSameState(statOf(path), found.info);
+    if (folder !== undefined && isSameState(statOf(parentOf(path)), folder)) return true;
+    const again = findInside(server, site, path);
+    return again?.real === found?.real && (again === found || isSameState(again?.info, found!.info));
+  });
+  evidence.looked = now;
+  return isTrue;
+}
+
+/** Whether two looks saw one file or folder in one state. */
+function isSameState(a: Deno.FileInfo | undefined, b: Deno.FileInfo): boolean {
+  return a !== undefined && isSameFile(a, b) && a.size === b.size && a.mtime?.getTime() === b.mtime?.getTime() &&
+    a.ctime?.getTime() === b.ctime?.getTime();
+}
+
+/** Whether two looks saw one file or folder. An inode's number is used again, but hardly with its time of birth. */
+function isSameFile(a: Deno.FileInfo, b: Deno.FileInfo): boolean {
+  return a.ino === b.ino && a.dev === b.dev && a.birthtime?.getTime() === b.birthtime?.getTime();
+}
+
+/** When something last changed, in milliseconds. A time in the future says nothing. */
+function changeTime({ mtime, ctime }: Deno.FileInfo, now: number): number {
+  const times = [mtime?.getTime() ?? 0, ctime?.getTime() ?? 0];
+  return Math.max(0, ...times.filter((time) => time <= now));
+}
+
+/** For how long it is believed that something is as it was, that changed so long ago; both in milliseconds. */
+function lifetimeOf(age: number): number {
+  return Math.min(LONGEST_LIFETIME, Math.max(0, (age - GRANULARITY) * LIFETIME_SHARE));
+}
+
+/** Looks at a path, and notes what was there. */
+function look(server: HttpServer, site: Site, evidence: Evidence, path: string): Found | undefined {
+  const found = findInside(server, site, path);
+  // What is missing appears by a change of the folder.
+  const folder = found === undefined ? statOf(parentOf(path)) : undefined, info = found?.info ?? folder;
+  const age = info === undefined ? 0 : evidence.looked - changeTime(info, evidence.looked);
+  evidence.lifetime = Math.min(evidence.lifetime, lifetimeOf(age));
+  evidence.looks.push({ path, found, folder: age > GRANULARITY ? folder : undefined });
+  return found;
+}
+
+/** What a path leads to, if links do not lead it out of ROOT. */
+function findInside(server: HttpServer, site: Site, path: string): Found | undefined {
+  const real = orNothing(() => Deno.realPathSync(path));
+  if (real === undefined || !isInside(server, site, real)) return undefined;
+  const info = statOf(real);
+  return info && { real, info };
+}
+
+/** What is at a path. No link is followed. */
+function statOf(path: string): Deno.FileInfo | undefined {
+  return orNothing(() => Deno.lstatSync(path));
+}
+
+/** Whether a path without links may be served: it is ROOT, or below it. */
+function isInside({ settings }: HttpServer, { path }: Site, real: string): boolean {
+  return settings.followLinks || real === path || real.startsWith(path.endsWith(SEPARATOR) ? path : path + SEPARATOR);
+}
+
+/** What the file system gives; undefined for what is not there. Throws 403 or 503 for what it withholds. */
+function orNothing<T>(attempt: () => T): T | undefined {
+  try {
+    return attempt();
+  } catch (error) {
+    return absence(error);
+  }
+}
+
+/** Errors of the file system that say that nothing is there: also a name that is too long, and links in a circle. */
+function absence(error: unknown): undefined {
+  const { code } = error as { code?: string };
+  if (error instanceof Deno.errors.NotFound || ["ENOTDIR", "ENAMETOOLONG", "ELOOP"].includes(code ?? "")) {
+    return undefined;
+  }
+  if (error instanceof Deno.errors.PermissionDenied || error instanceof Deno.errors.NotCapable) {
+    throw new HttpError(403, "The system does not let the server read this", [], { cause: error });
+  }
+  if (code === "EMFILE" || code === "ENFILE") {
+    throw new HttpError(503, "Too many files are open", [["Retry-After", "1"]]);
+  }
+  throw error;
+}
+
+const SEPARATOR = Deno.build.os === "windows" ? "\\" : "/";
+
+const parentOf = (path: string) => path.slice(0, Math.max(1, path.lastIndexOf(SEPARATOR)));
+const pathBelow = ({ path }: Site, ...names: string[]) =>
+  [path === SEPARATOR ? "" : path, ...names].join(SEPARATOR) || path;
+const nameOf = (path: string) => path.slice(path.lastIndexOf(SEPARATOR) + 1);
+
+/** No file of ROOT has such a name: it climbs, is no name, or means a device on Windows. */
+const IMPOSSIBLE_NAME = Deno.build.os === "windows"
+  // deno-lint-ignore no-control-regex
+  ? /[\x00-\x1f\/\\:*?"<>|]|[. ]$|^(?:con|prn|aux|nul|conin\$|conout\$|(?:com|lpt)[\d¹²³]) *(?:\.|$)/i
+  : /\0/;
+
+/** Finds what a path names: read as UTF-8 first, then in the charset in force, and in the site's. */
+function findPath(exchange: Exchange, site: Site, evidence: Evidence): Resource | undefined {
+  const { server, head } = exchange, find = (path: string) => look(server, site, evidence, path);
+  const charsets = ["utf-8", exchange.charset, siteCharset(server)];
+  for (const path of new Set(charsets.map((charset) => percentDecodeText(head.path, charset)))) {
+    const found = site.isFile
+      ? findRootFile(site, path, evidence, find)
+      : findBelow(server, site, path, evidence, find);
+    if (found !== undefined) return found;
+  }
+  return undefined;
+}
+
+/** The charset of a site's old links. */
+function siteCharset({ settings }: HttpServer): string {
+  return settings.sourceCharset === "auto" ? "utf-8" : settings.sourceCharset;
+}
+
+type Find = (path: string) => Found | undefined;
+
+function findRootFile(site: Site, path: string, evidence: Evidence, find: Find): Resource | undefined {
+  const found = path === "/" || path === `/${nameOf(site.path)}` ? find(site.path) : undefined;
+  return found?.info.isFile ? fileResource(site.path, found, evidence) : undefined;
+}
+
+function findBelow(server: HttpServer, site: Site, path: string, evidence: Evidence, find: Find): Resource | undefined {
+  const segments = removeDotSegments(path), isFolder = /(?:^|\/)\.{0,2}$/.test(path);
+  if (segments.some((name) => IMPOSSIBLE_NAME.test(name)) || isHidden(server, segments)) return undefined;
+  const target = pathBelow(site, ...segments), found = find(target);
+  // A link, or a short name on Windows, may stand for a name that is hidden.
+  if (found !== undefined && isHidden(server, namesBelow(site, found.real))) return undefined;
+  if (found?.info.isFile && !isFolder) return fileResource(target, found, evidence);
+  if (!found?.info.isDirectory) {
+    const page = found === undefined && !isFolder ? find(`${target}.html`) : undefined;
+    return page?.info.isFile ? fileResource(`${target}.html`, page, evidence) : undefined;
+  }
+  // Relative, so that it stays on this host, and behind a prefix that a proxy takes away.
+  if (!isFolder) return { kind: "redirect", location: `./${encodeURIComponent(segments.at(-1)!)}/` };
+  const index = pathBelow(site, ...segments, "index.html"), foundIndex = find(index);
+  if (foundIndex?.info.isFile) return fileResource(index, foundIndex, evidence);
+  return { kind: "folder", path: found.real, segments };
+}
+
+/** RFC 3986 §5.2.4: what `.` and `..` mean in a path, which never leaves ROOT. Empty segments mean nothing. */
+function removeDotSegments(path: string): string[] {
+  const segments: string[] = [];
+  for (const segment of path.split("/")) {
+    if (segment === "..") segments.pop();
+    else if (segment !== "" && segment !== ".") segments.push(segment);
+  }
+  return segments;
+}
+
+/** Names that begin with a dot are not served, unless asked for; but see RFC 8615. */
+function isHidden({ settings }: HttpServer, names: readonly string[]): boolean {
+  return !settings.dotfiles && names.some((name, i) => name.startsWith(".") && (i > 0 || name !== ".well-known"));
+}
+
+/** The names that lead from ROOT to a path without links. */
+function namesBelow(site: Site, real: string): string[] {
+  return real.startsWith(site.path) ? real.slice(site.path.length).split(SEPARATOR).filter((name) => name !== "") : [];
+}
+
+/** A regular file, and what was made of it. */
 interface FileFound {
   /** Where it is: no part of it is a symbolic link. */
   readonly path: string;
   /** What it was asked for as: it decides the media type. */
   readonly name: string;
-  /** Whether a symbolic link led there: it may lead elsewhere next time. */
-  readonly isLinked: boolean;
-  readonly size: number;
-  /** Last modification, in milliseconds. */
-  readonly time: number;
-  /** Differs between any two states of the file: last modification, last change, and size. */
-  readonly tag: string;
-  /** Changes when the file does. */
-  readonly identity: string;
-}
-
-/** Finds what a request names: the first route that fits, else a file. Throws 404, 405 or 501. */
-function locate(server: HttpServer, incoming: IncomingRequest): Resource | Promise<Resource> {
-  const { method } = incoming, allowed = new Set<string>();
-  const path = incoming.head.path === "*" ? "*" : incoming.path;
-  for (const [pattern, handler, methods = ["GET"]] of server.routes) {
-    pattern.lastIndex = 0; // Should it be global or sticky, it starts anew.
-    const match = pattern.exec(path);
-    if (match === null) continue;
-    if (methods.includes(method) || method === "HEAD" && methods.includes("GET")) {
-      return { kind: "route", handler, params: Object.freeze({ ...match.groups }) };
-    }
-    for (const each of methods) allowed.add(each);
-  }
-  if (server.root !== undefined && path !== "*") {
-    if (method === "GET" || method === "HEAD") return locateFile(server, server.root, incoming);
-    allowed.add("GET");
-  }
-  if (allowed.has("GET")) allowed.add("HEAD");
-  const allow: Field = ["Allow", [...allowed, "OPTIONS"].join(", ")];
-  if (method === "OPTIONS" && (allowed.size > 0 || path === "*")) {
-    return { kind: "route", handler: () => ({ status: 204, headers: { Allow: allow[1] } }), params: {} };
-  }
-  if (!KNOWN_METHODS.includes(method)) throw new HttpError(501, "This method is not implemented");
-  if (allowed.size === 0 && method !== "CONNECT" && method !== "TRACE") throw new HttpError(404, "Nothing is here");
-  throw new HttpError(405, "This method is not allowed here", [allow]);
-}
-
-/** ROOT: a folder, or a single file. */
-interface Root {
-  readonly path: string;
-  readonly isFile: boolean;
-}
-
-/** Finds the file, folder or redirection that a path names: read as UTF-8 first, then in the charset in force. */
-async function locateFile(server: HttpServer, root: Root, incoming: IncomingRequest): Promise<Resource> {
-  const { sourceCharset, fallback } = server.settings;
-  const charsets = ["utf-8", incoming.charset, sourceCharset === "auto" ? "utf-8" : sourceCharset];
-  for (const path of new Set(charsets.map((charset) => percentDecodeText(incoming.head.path, charset)))) {
-    const found = root.isFile
-      ? await findRootFile(root, path)
-      : await findBelow(server, root, path, incoming.head.query ?? "");
-    if (found !== undefined) return found;
-  }
-  if (fallback !== undefined) {
-    const found = await findBelow(server, root, "/" + fallback, "");
-    if (found?.kind === "file") return found;
-  }
-  throw new HttpError(404, "Nothing is here");
-}
-
-async function findRootFile(root: Root, path: string): Promise<Resource | undefined> {
-  const name = root.path.replace(/^.*[\/\\]/s, "");
-  const found = path === "/" || path === `/${name}` ? await look(root, root.path) : undefined;
-  return found?.info.isFile ? { kind: "file", file: describeFile(root.path, found) } : undefined;
-}
-
-const SEPARATOR = Deno.build.os === "windows" ? "\\" : "/";
-
-/** No file of ROOT has such a name: it climbs, is no name, or means a device on Windows. */
-const IMPOSSIBLE_NAME = Deno.build.os === "windows"
-  // deno-lint-ignore no-control-regex
-  ? /^\.\.?$|[\x00-\x1f\/\\:*?"<>|]|[. ]$|^(?:con|prn|aux|nul|conin\$|conout\$|(?:com|lpt)[\d¹²³]) *(?:\.|$)/i
-  : /^\.\.?$|[\0\/\\]/;
-
-async function findBelow(server: HttpServer, root: Root, path: string, query: string): Promise<Resource | undefined> {
-  const segments = path.split("/").filter((segment) => segment !== "");
-  if (!path.startsWith("/") || segments.some((name) => IMPOSSIBLE_NAME.test(name))) return undefined;
-  if (!server.settings.dotfiles && segments.some((name) => name.startsWith("."))) return undefined;
-  const target = [root.path, ...segments].join(SEPARATOR), isFolder = path.endsWith("/");
-  const found = await look(root, target);
-  // A link, or a short name on Windows, may stand for a name that is hidden.
-  const isHidden = found?.real.slice(root.path.length).split(SEPARATOR).some((name) => name.startsWith("."));
-  if (isHidden && !server.settings.dotfiles) return undefined;
-  if (found?.info.isFile) return isFolder ? undefined : { kind: "file", file: describeFile(target, found) };
-  if (!found?.info.isDirectory) return undefined;
-  if (!isFolder) {
-    // Made of the decoded names, so that it begins with one slash and stays on this host.
-    const location = segments.map((name) => "/" + encodeURIComponent(name)).join("") + "/";
-    return { kind: "redirect", location: location + (query && "?" + latin1ToUri(query)) };
-  }
-  const index = `${target}${SEPARATOR}index.html`, foundIndex = await look(root, index);
-  if (foundIndex?.info.isFile) return { kind: "file", file: describeFile(index, foundIndex) };
-  if (server.settings.noListing) throw new HttpError(403, "This folder is not listed");
-  return { kind: "folder", path: found.real, segments };
-}
-
-/** Raw bytes of a query made fit for a Location field. */
-function latin1ToUri(text: string): string {
-  return text.replace(
-    /[^!#$%&'()*+,\-./0-9:;=?@A-Z\[\]_a-z~]/g,
-    (byte) => "%" + byte.charCodeAt(0).toString(16).toUpperCase().padStart(2, "0"),
-  );
-}
-
-/** What a path leads to. */
-interface Look {
-  /** The path without symbolic links. */
-  readonly real: string;
   readonly info: Deno.FileInfo;
+  readonly size: number;
+  /** Last modification, in milliseconds: not later than now (RFC 9110 §8.8.2.1). */
+  readonly time: number;
+  /** Whether it changed so lately that another change might not show. */
+  readonly isRacy: boolean;
+  /** Differs between any two files, and any two states of one. */
+  readonly tag: string;
+  /** What it was found by; the compressed one beside it is looked for later. */
+  readonly evidence: Evidence;
+  /** What it is, once that was looked into. */
+  nature?: Nature;
+  /** Its bytes, while they are being read. */
+  reading?: Promise<Opened> | undefined;
+  /** Responses, by charset and coding; whoever comes while one is being made waits for it. */
+  readonly variants: Map<string, WholeMessage | Promise<WholeMessage>>;
+  /** Compressed files beside it. */
+  readonly siblings: Map<Coding, FileFound | undefined>;
+  /** Large text: where in what is sent each piece begins, by charset. */
+  readonly conversions: Map<string, Conversion>;
 }
 
-/** Looks at what a path leads to, if links do not lead it out of ROOT. */
-async function look(root: Root, path: string): Promise<Look | undefined> {
-  const real = await orNothing(Deno.realPath(path));
-  if (real === undefined || !isInside(root, real)) return undefined;
-  // Should a link stand there by now, it is not followed.
-  const info = await orNothing(Deno.lstat(real));
-  return info && { real, info };
+function fileResource(path: string, { real, info }: Found, evidence: Evidence, status: 200 | 404 = 200): Resource {
+  return { kind: "file", file: describeFile(real, nameOf(path), info, evidence), status };
 }
 
-/** Whether a path without links is ROOT or below it. */
-function isInside(root: Root, real: string): boolean {
-  return real === root.path || real.startsWith(root.path.endsWith(SEPARATOR) ? root.path : root.path + SEPARATOR);
-}
+/** Tags of states that another change may follow unseen: none of them is used twice. */
+let racyTags = 0;
 
-/** What the file system gives; undefined for what is not there. Throws 403 or 503 for what it withholds. */
-async function orNothing<T>(attempt: Promise<T>): Promise<T | undefined> {
-  try {
-    return await attempt;
-  } catch (error) {
-    if (error instanceof Deno.errors.PermissionDenied || error instanceof Deno.errors.NotCapable) {
-      throw new HttpError(403, "The system does not let the server read this", [], { cause: error });
-    }
-    const { code } = error as { code?: string };
-    if (code === "EMFILE" || code === "ENFILE") {
-      throw new HttpError(503, "Too many files are open", [["Retry-After", "1"]]);
-    }
-    return undefined;
-  }
-}
-
-function describeFile(path: string, { real, info }: Look): FileFound {
-  const time = info.mtime?.getTime() ?? 0, { size } = info;
-  return {
-    path: real,
-    name: path.replace(/^.*[\/\\]/s, ""),
-    isLinked: real !== path,
-    size,
-    time,
-    tag: [time, info.ctime?.getTime() ?? 0, size].map((number) => number.toString(36)).join("-"),
-    identity: identityOf(info),
-  };
-}
-
-/** Two files, or two states of one, do not share this: device, inode, times and size. */
-function identityOf({ dev, ino, mtime, ctime, size }: Deno.FileInfo): string {
-  return `${dev}.${ino}.${mtime?.getTime()}.${ctime?.getTime()}.${size}`;
+function describeFile(path: string, name: string, info: Deno.FileInfo, evidence: Evidence): FileFound {
+  const now = Date.now(), { size } = info, changed = changeTime(info, now);
+  const isRacy = now - changed < (info.ctime === null ? RACY_TIME : GRANULARITY);
+  const state = [info.ino, info.birthtime?.getTime(), info.mtime?.getTime(), info.ctime?.getTime(), size, info.dev];
+  const tag = state.map((number) => (number ?? 0).toString(36)).join("-") +
+    (isRacy ? `-${now.toString(36)}.${(racyTags++).toString(36)}` : "");
+  const time = Math.min(info.mtime?.getTime() ?? 0, now);
+  const made = { variants: new Map(), siblings: new Map(), conversions: new Map() };
+  return { path, name, info, size, time, isRacy, tag, evidence, ...made };
 }
 
 // ── Content ──────────────────────────────────────────────────────────────────────────────────────
@@ -1614,22 +1907,17 @@ export interface Answer {
   readonly headers?: Readonly<Record<string, string>>;
   /** Media type. @default text/html for text that begins with "<", text/plain for other text, else application/octet-stream */
   readonly type?: string;
-  /** Text, bytes, a stream of bytes, or a function that makes a text that shows its response's head. */
-  readonly body?: string | Uint8Array<ArrayBuffer> | AsyncIterable<Uint8Array> | ((head: string) => string);
+  /** Text, bytes, or a stream of bytes. */
+  readonly body?: string | Uint8Array<ArrayBuffer> | AsyncIterable<Uint8Array>;
   /** Charset for a text, instead of the one in force, or that bytes are in: any label. */
   readonly charset?: string;
   /** What `Content-Type` claims instead of that charset; `none` claims nothing. */
   readonly declare?: string;
   /** What to write for characters that the charset lacks. */
   readonly unmappable?: Unmappable | "auto";
-  /** It depends on nothing but the request's head, and may be kept for equal ones. */
-  readonly constant?: boolean;
 }
 
-/**
- * Content that is made piece by piece: `read` yields the bytes of a part, each piece good until the next is
- * asked for. It may want to see the response's head.
- */
+/** Content that is made piece by piece: each piece is good until the next is asked for. */
 interface Stream {
   /** In bytes, if it is known. */
   readonly length: number | undefined;
@@ -1637,54 +1925,69 @@ interface Stream {
   readonly isLive?: boolean;
   /** Called when it will not be read. */
   readonly cancel?: () => unknown;
-  readonly read: (start?: number, end?: number, head?: string) => AsyncIterable<Uint8Array>;
+  /** Yields the bytes from `start` up to, not including, `end`. */
+  readonly read: (start?: number, end?: number) => AsyncIterable<Uint8Array>;
 }
 
 /** Makes the response to a located request. */
-function represent(
-  server: HttpServer,
-  incoming: IncomingRequest,
-  known: KnownHead,
-  resource: Resource,
-): Message | Promise<Message> {
+function represent(exchange: Exchange, resource: Resource): Message | Promise<Message> {
   switch (resource.kind) {
     case "route": {
-      incoming.params = resource.params;
-      const content = resource.handler(incoming);
+      const content = resource.handler(exchange);
       return content instanceof Promise
-        ? content.then((content) => representAnew(server, incoming, known, content))
-        : representAnew(server, incoming, known, content);
+        ? content.then((content) => representHandled(exchange, resource, content))
+        : representHandled(exchange, resource, content);
     }
+    case "methods":
+      return representContent(exchange, { status: 204, headers: { Allow: resource.allow } });
     case "redirect":
-      return representContent(server, incoming, {
-        status: 301,
-        headers: { Location: resource.location },
-        body: `<p>See <a href="${escapeMarkup(resource.location)}">${escapeMarkup(resource.location)}</a>`,
-      });
+      return redirect(exchange, resource.location);
     case "folder":
-      return listFolder(server, incoming, resource).then((answer) => representContent(server, incoming, answer));
+      return listFolder(exchange, resource).then((answer) => representContent(exchange, answer));
     case "file":
-      return representFile(server, incoming, resource.file);
+      return representFile(exchange, resource.file, resource.status);
   }
 }
 
-/** What a handler returned, as a response: that of the last time, if to an equal head it says the same text again. */
-function representAnew(
-  server: HttpServer,
-  incoming: IncomingRequest,
-  known: KnownHead,
-  content: Content,
-): Message | Promise<Message> {
-  if (typeof content !== "string" || content.length > REPEATABLE_LIMIT) {
-    return representContent(server, incoming, content);
+/** Longest text that is kept to be sent again, in UTF-16 code units. */
+const REPEATABLE_LIMIT = 4 * 1024;
+
+/** What a handler returned. The same text as the last time need not be encoded and composed again. */
+function representHandled(exchange: Exchange, route: RouteResource, content: Content): Message | Promise<Message> {
+  if (typeof content !== "string" || content.length > REPEATABLE_LIMIT) return representContent(exchange, content);
+  if (content !== route.text) {
+    route.text = content;
+    route.variants = new Map();
   }
-  if (content === known.said?.text) return known.said.message;
-  const message = representContent(server, incoming, content);
-  const remember = (message: Message) => {
-    if (isWhole(message)) known.said = { text: content, message };
-    return message;
+  const coding = ownCoding(acceptedCodings(exchange.header("accept-encoding")), content.length);
+  const { variants } = route, key = `${exchange.charset} ${coding}`, kept = variants.get(key);
+  if (kept !== undefined) return kept;
+  const keep = (message: Message) => {
+    if (!isWhole(message)) return message;
+    const keeping = { ...message, kept: { date: "", composed: [] } };
+    variants.set(key, keeping);
+    return keeping;
   };
-  return message instanceof Promise ? message.then(remember) : remember(message);
+  const message = representContent(exchange, content);
+  return message instanceof Promise ? message.then(keep) : keep(message);
+}
+
+function redirect(exchange: Exchange, location: string): Message | Promise<Message> {
+  const { query } = exchange.head, target = location + (query === undefined ? "" : `?${latin1ToUri(query)}`);
+  const shown = escapeMarkup(target);
+  return representContent(exchange, {
+    status: 301,
+    headers: { Location: target, "Cache-Control": "no-cache" },
+    body: noticeHtml("301 Moved Permanently", `<p>It is at <a href="${shown}">${shown}</a>.</p>`, ""),
+  });
+}
+
+/** Raw bytes of a query made fit for a Location field. */
+function latin1ToUri(text: string): string {
+  return text.replace(
+    /[^!#$%&'()*+,\-./0-9:;=?@A-Z\[\]_a-z~]/g,
+    (byte) => "%" + byte.charCodeAt(0).toString(16).toUpperCase().padStart(2, "0"),
+  );
 }
 
 /** Fields that are the server's own: framing is not left to handlers (RFC 9112 §6). */
@@ -1703,15 +2006,9 @@ function handlerFields(headers: Readonly<Record<string, string>>): Field[] {
     .filter(([name]) => !FRAMING_FIELDS.has(name.toLowerCase()) && name.toLowerCase() !== "content-type");
 }
 
-/** A field that is one line, whatever a handler put into it (RFC 9110 §5.5: response splitting). */
-function checkField(name: string, value: string): Field {
-  if (TOKEN.test(name) && /^[\t\x20-\x7e\x80-\xff]*$/.test(value)) return [name, value];
-  throw new TypeError(`Cannot send field "${name}": "${value}"`);
-}
-
 /** What a handler returned, as a response. */
-function representContent(server: HttpServer, incoming: IncomingRequest, content: Content): Message | Promise<Message> {
-  if (typeof content === "string") return representText(server, incoming, {}, defaultType(content), content, []);
+function representContent(exchange: Exchange, content: Content): Message | Promise<Message> {
+  if (typeof content === "string") return representText(exchange, {}, defaultType(content), content, []);
   if (content instanceof Response) return representResponse(content);
   const isBody = content instanceof Uint8Array || content instanceof ReadableStream;
   const answer: Answer = isBody ? { body: content } : content;
@@ -1719,18 +2016,11 @@ function representContent(server: HttpServer, incoming: IncomingRequest, content
   if (!Number.isInteger(status) || status < 200 || status > 599) throw new TypeError(`Cannot send status ${status}`);
   const named = Object.entries(headers).find(([name]) => name.toLowerCase() === "content-type")?.[1];
   const type = answer.type ?? (named && essenceOf(named)) ?? defaultType(body);
-  if (typeof body === "string") return representText(server, incoming, answer, type, body, fields);
+  if (typeof body === "string") return representText(exchange, answer, type, body, fields);
   const charset = answer.charset && encodingOf(answer.charset);
-  fields.push(
-    checkField("Content-Type", named ?? contentType(type, charset, answer.declare ?? server.settings.declare)),
-  );
-  if (body instanceof Uint8Array) return { status, fields, content: body, charset };
-  if (typeof body !== "function") return { status, fields, content: streamOf(body), charset };
-  const mode = unmappableFor(answer.unmappable ?? server.settings.unmappable, type);
-  const read = async function* (_start?: number, _end?: number, head = "") {
-    yield await Promise.resolve(encodeText(body(head), charset ?? incoming.charset, mode).bytes);
-  };
-  return { status, fields, content: { length: undefined, read }, charset };
+  const declare = answer.declare ?? exchange.server.settings.declare;
+  fields.push(checkField("Content-Type", named ?? contentType(type, charset, declare)));
+  return withContent({ status, fields, charset }, body instanceof Uint8Array ? body : streamOf(body));
 }
 
 function defaultType(body: Answer["body"]): string {
@@ -1740,38 +2030,54 @@ function defaultType(body: Answer["body"]): string {
 
 /** A text, in the charset that the answer or the request selects. */
 function representText(
-  server: HttpServer,
-  incoming: IncomingRequest,
+  exchange: Exchange,
   answer: Answer,
   type: string,
   text: string,
   fields: Field[],
 ): Message | Promise<Message> {
-  const { settings } = server, { status = 200 } = answer;
+  const { settings } = exchange.server, { status = 200 } = answer;
   if (text === "" && (status === 204 || status === 304)) return { status, fields, content: NO_BYTES };
-  const rule = charsetRule(type), negotiable = rule === "any" && answer.charset === undefined;
-  const charset = negotiable ? incoming.charset : rule === "any" ? encodingOf(answer.charset!) : "utf-8";
+  const rule = charsetRule(type), isNegotiable = rule === "any" && answer.charset === undefined;
+  const charset = isNegotiable ? exchange.charset : rule === "any" ? encodingOf(answer.charset!) : "utf-8";
   const { bytes, lost } = encodeText(text, charset, unmappableFor(answer.unmappable ?? settings.unmappable, type));
   fields.push(checkField("Content-Type", contentType(type, charset, answer.declare ?? settings.declare)));
   const isCoded = fields.some(([name]) => name.toLowerCase() === "content-encoding");
-  const compressible = bytes.length >= COMPRESSION_LEAST && rule !== "none" && !isCoded;
-  if (negotiable) addVary(fields, "Accept-Charset");
-  if (compressible) addVary(fields, "Accept-Encoding");
-  const repeatable = answer.constant && bytes.length <= REPEATABLE_LIMIT;
-  const message: Message = { status, fields, content: bytes, charset, lost, ...(repeatable && { isFresh: always }) };
-  const coding = compressible ? acceptedCodings(incoming.header("accept-encoding")).find(canCompress) : undefined;
+  const isCompressible = bytes.length >= COMPRESSION_LEAST && rule !== "none" && !isCoded;
+  if (isNegotiable) addVary(fields, "Accept-Charset");
+  if (isCompressible) addVary(fields, "Accept-Encoding");
+  const message: WholeMessage = { status, fields, content: bytes, charset, lost };
+  const accepted = acceptedCodings(exchange.header("accept-encoding"));
+  const coding = isCompressible ? ownCoding(accepted, bytes.length) : undefined;
   if (coding === undefined) return message;
-  return compress(bytes, coding)
+  return compress(bytes.length, coding, () => bytes)
     .then((content) => ({ ...message, content, fields: [...fields, ["Content-Encoding", coding]] }));
 }
-
-const always = () => true;
 
 /** Adds to the names of the fields that an answer depends on (RFC 9110 §12.5.5): one line, however many say so. */
 function addVary(fields: Field[], name: string): void {
   const at = fields.findIndex(([other]) => other.toLowerCase() === "vary");
   if (at < 0) fields.push(["Vary", name]);
   else fields[at] = ["Vary", `${fields[at]![1]}, ${name}`];
+}
+
+/** The answer that says what went wrong, as a small page. */
+function errorMessage({ server, head }: Exchange, error: unknown): WholeMessage {
+  const isExpected = error instanceof HttpError;
+  const { status, message, fields } = isExpected ? error : new HttpError(500, "The server could not make this page");
+  const charset = server.settings.charset ?? "utf-8", title = `${status} ${REASONS[status] ?? "Error"}`;
+  const said = escapeControls(message), sentence = /[.?!]$/.test(said) ? said : `${said}.`;
+  return {
+    status,
+    fields: [
+      ["Content-Type", contentType("text/html", charset, undefined)],
+      ["Content-Security-Policy", PAGE_POLICY],
+      ...fields,
+    ],
+    content: encodeText(noticeHtml(title, `<p>${escapeMarkup(sentence)}</p>`, head.path), charset, "html").bytes,
+    charset,
+    ...(error instanceof FramingError && { note: message }),
+  };
 }
 
 /** A stream that a handler gave: it may be endless, and is told when nobody wants it. */
@@ -1816,16 +2122,10 @@ async function settlesSoon(promise: Promise<unknown>): Promise<boolean> {
   return settled;
 }
 
-/** `auto` writes character references where they mean the character, and question marks elsewhere. */
-function unmappableFor(mode: Unmappable | "auto", type: string): Unmappable {
-  return mode !== "auto" ? mode : MARKUP_TYPE.test(type) ? "html" : "replacement";
-}
-
 // ── Files ────────────────────────────────────────────────────────────────────────────────────────
-// One resource can be sent in many ways: in this charset or that, compressed or not. `select` picks
-// one for a request and knows all about it (type, label, validators) before anything is read;
-// `readContent` then makes its bytes. Whatever HTTP says of the resource (ETag, length, ranges) it says
-// of these bytes, as sent.
+// One file can be sent in many ways: in this charset or that, compressed or not. `select` picks one for a request
+// and knows all about it (type, label, validators) before the bytes are made. Whatever HTTP says of the file (ETag,
+// length, ranges) it says of these bytes, as sent. Small ones are kept, ready, with the place that they belong to.
 
 /** Files up to this size are sent from memory, and compressed; larger ones stream. In bytes. */
 const BUFFERED_LIMIT = 1024 * 1024;
@@ -1833,268 +2133,251 @@ const BUFFERED_LIMIT = 1024 * 1024;
 const PIECE_SIZE = 256 * 1024;
 /** Smallest content worth compressing, in bytes. */
 const COMPRESSION_LEAST = 1024;
-/** Longest text that is kept to answer equal requests with, in bytes. */
-const REPEATABLE_LIMIT = 4 * 1024;
-/** What the caches of files may hold, in bytes. */
+/** What is kept of a site, in bytes. */
 const CACHE_SIZE = 64 * 1024 * 1024;
-/** A file younger than this is not kept in memory, in milliseconds. */
+/** A file younger than this is not kept in memory, where times are exact, in milliseconds. */
 const RACY_TIME = 50;
-/** For how long a file is believed unchanged without another look, in milliseconds. */
-const STAT_INTERVAL = 10;
+/** Longest that opening a file may take, in milliseconds: a pipe in its place would never open. */
+const OPEN_TIME = 2000;
 
 type Coding = "br" | "gzip";
 
-/** A file as it will be sent. */
-interface Representation {
-  readonly file: FileFound;
-  /** Whose bytes are sent: the file's, or those of the compressed one beside it. */
-  readonly source: FileFound;
-  readonly type: string;
-  /** Encoding on disk; undefined if unknown, or no text. */
-  readonly stored: string | undefined;
-  /** Encoding as sent; undefined if unknown, or no text. */
-  readonly encoding: string | undefined;
-  readonly coding: Coding | undefined;
-  /** Strong (RFC 9110 §8.8.3). */
-  readonly etag: string;
-  readonly fields: readonly Field[];
+interface Entry<V> {
+  readonly value: V;
+  /** In bytes. */
+  readonly size: number;
 }
 
-/** A cache of things with sizes: what was longest unused goes first. */
+/** A cache of things with sizes. What was not asked for while half of it filled up goes, all at once. */
 class Cache<V> {
-  readonly #entries = new Map<string, { readonly value: V; readonly size: number }>();
-  #free: number;
+  readonly #limit: number;
+  #recent = new Map<string, Entry<V>>();
+  #older = new Map<string, Entry<V>>();
+  /** Of the recent ones, in bytes. */
+  #size = 0;
 
   constructor(size: number) {
-    this.#free = size;
+    this.#limit = size / 2;
   }
 
   get(key: string): V | undefined {
-    const entry = this.#entries.get(key);
-    if (entry === undefined) return undefined;
-    this.#entries.delete(key);
-    this.#entries.set(key, entry);
-    return entry.value;
+    const recent = this.#recent.get(key);
+    if (recent !== undefined) return recent.value;
+    const older = this.#older.get(key);
+    if (older !== undefined) this.set(key, older.value, older.size);
+    return older?.value;
   }
 
   set(key: string, value: V, size: number): void {
     this.delete(key);
-    // What an entry costs besides its bytes is guessed.
-    this.#entries.set(key, { value, size: size + 1024 });
-    this.#free -= size + 1024;
-    for (const oldest of this.#entries.keys()) {
-      if (this.#free >= 0) return;
-      this.delete(oldest);
-    }
+    if (this.#size + size > this.#limit) [this.#older, this.#recent, this.#size] = [this.#recent, new Map(), 0];
+    this.#recent.set(key, { value, size });
+    this.#size += size;
+  }
+
+  /** Adds to the size of what is kept under a key. */
+  grow(key: string, more: number): void {
+    const value = this.get(key), entry = this.#recent.get(key);
+    if (value !== undefined && entry !== undefined) this.set(key, value, entry.size + more);
   }
 
   delete(key: string): void {
-    this.#free += this.#entries.get(key)?.size ?? 0;
-    this.#entries.delete(key);
+    this.#size -= this.#recent.get(key)?.size ?? 0;
+    this.#recent.delete(key);
+    this.#older.delete(key);
   }
 }
 
-async function representFile(server: HttpServer, incoming: IncomingRequest, file: FileFound): Promise<Message> {
-  const chosen = await select(server, incoming, file);
-  if (evaluatePreconditions(incoming.head, chosen) === 304) return notModified(chosen);
-  return resolveRange(incoming.head, chosen, await readContent(server, chosen));
+/** What a file is, once that was looked into. */
+interface Nature {
+  /** Media type. */
+  readonly type: string;
+  /** What its text is stored in; undefined if that is unknown, or it is no text: then it is never converted. */
+  readonly encoding: string | undefined;
+  /** It is compressed, and its name says what is in it: `game.wasm.br`. */
+  readonly coding?: Coding | undefined;
+}
+
+/** A file as it will be sent: in which charset and coding, and whose bytes. */
+interface Variant {
+  readonly encoding: string | undefined;
+  readonly coding: Coding | undefined;
+  /** The file itself, or a compressed one beside it. */
+  readonly source: FileFound;
+}
+
+/** The response to a request for a file: from memory, if it is kept. */
+function representFile(exchange: Exchange, file: FileFound, status: 200 | 404): Message | Promise<Message> {
+  if (file.nature === undefined) return loadFile(exchange, file, status);
+  const variant = select(exchange, file, file.nature), kept = file.variants.get(keyOf(variant));
+  return kept === undefined || kept instanceof Promise
+    ? loadFile(exchange, file, status)
+    : reply(exchange, kept, status);
+}
+
+const keyOf = ({ encoding, coding }: Variant) => `${encoding} ${coding}`;
+
+/** The response to a request for a file that has to be read, or waited for. */
+async function loadFile(exchange: Exchange, found: FileFound, status: 200 | 404): Promise<Message> {
+  const { file, bytes } = await readShared(exchange.server, found);
+  const nature = file.nature ??= natureOf(exchange.server, file, bytes), variant = select(exchange, file, nature);
+  if (variant.source.size > BUFFERED_LIMIT) {
+    return reply(exchange, streamedMessage(exchange, file, nature, variant), status);
+  }
+  const key = keyOf(variant);
+  let message = file.variants.get(key);
+  if (message === undefined) {
+    message = wholeMessage(exchange, file, nature, variant, bytes);
+    // Whoever comes meanwhile waits for it, too. What may change unseen is made anew each time.
+    file.variants.set(key, message);
+    message.then(
+      (made) => file.isRacy ? file.variants.delete(key) : keep(exchange.server, file, key, made),
+      () => file.variants.delete(key),
+    );
+  }
+  return reply(exchange, await message, status);
+}
+
+function keep(server: HttpServer, { variants, evidence }: FileFound, key: string, message: WholeMessage): void {
+  variants.set(key, message);
+  // Head and content are kept in one piece, too.
+  server.site().places.grow(evidence.key, 2 * message.content.length + PLACE_SIZE);
 }
 
 /** Which representation of a file answers a request (RFC 9110 §12.1, "proactive negotiation"). */
-async function select(server: HttpServer, incoming: IncomingRequest, file: FileFound): Promise<Representation> {
-  const { settings } = server, type = mediaTypeOf(file.name), rule = charsetRule(type);
-  const known = rule === "none" ? undefined : await storedCharset(server, file, type);
-  const wanted = rule === "any" ? incoming.selectedCharset : known?.encoding && "utf-8";
-  const stored = known?.encoding ??
-    (wanted && known && (isValid(known.sample, wanted, file.size > known.sample.length) ? wanted : "windows-1252"));
-  const encoding = rule === "none" ? undefined : wanted ?? stored;
-  const converts = encoding !== stored, compressible = rule !== "none" || COMPRESSIBLE_TYPE.test(type);
-  const { coding, source } = compressible
-    ? await selectCoding(server, incoming, file, converts)
-    : { coding: undefined, source: file };
-  const vary = [rule === "any" && "Accept-Charset", compressible && "Accept-Encoding"].filter(Boolean).join(", ");
-  const conversion = converts ? `-${stored}.${encoding}.${settings.unmappable[0]}` : "";
-  // A file written a moment ago may be written again without its times showing it: that tag must not match again.
-  const now = Date.now(), moment = now - file.time < RACY_TIME ? `-${now.toString(36)}` : "";
-  const etag = `"${file.tag}${moment}${conversion}${coding ? `-${coding}` : ""}"`;
+function select(exchange: Exchange, file: FileFound, { type, encoding: stored, coding: own }: Nature): Variant {
+  const rule = charsetRule(type), wanted = rule === "any" ? exchange.selectedCharset : "utf-8";
+  const encoding = stored === undefined ? undefined : wanted ?? stored;
+  if (own !== undefined) return { encoding: stored, coding: own, source: file };
+  const accepted = acceptedCodings(exchange.header("accept-encoding"));
+  for (const coding of encoding === stored ? accepted : []) {
+    const source = siblingOf(exchange.server, file, coding);
+    if (source !== undefined) return { encoding, coding, source };
+  }
+  const isWorthwhile = isCompressible(type) && file.size >= COMPRESSION_LEAST && file.size <= BUFFERED_LIMIT;
+  return { encoding, coding: isWorthwhile ? ownCoding(accepted, file.size) : undefined, source: file };
+}
+
+/** The best of the codings that we can make, if we are not too busy. */
+function ownCoding(accepted: readonly Coding[], size: number): Coding | undefined {
+  const coding = accepted.find((coding) => ownCodings().includes(coding));
+  return coding !== undefined && canWait(size) ? coding : undefined;
+}
+
+/** The compressed file beside one, if it is not older. */
+function siblingOf(server: HttpServer, file: FileFound, coding: Coding): FileFound | undefined {
+  if (file.siblings.has(coding)) return file.siblings.get(coding);
+  const path = file.path + (coding === "br" ? ".br" : ".gz"), site = server.site();
+  const found = site.isFile ? undefined : look(server, site, file.evidence, path);
+  const isFresh = found?.info.isFile && (found.info.mtime?.getTime() ?? 0) >= (file.info.mtime?.getTime() ?? 0);
+  const sibling = isFresh ? describeFile(found.real, nameOf(path), found.info, file.evidence) : undefined;
+  file.siblings.set(coding, sibling);
+  return sibling;
+}
+
+/** What a response for a file says of it. */
+function describeVariant(server: HttpServer, file: FileFound, nature: Nature, variant: Variant) {
+  const { type, encoding: stored } = nature, { encoding, coding, source } = variant, { settings } = server;
+  const conversion = encoding === stored ? "" : `-${stored}.${encoding}.${settings.unmappable[0]}`;
+  const etag = `"${file.tag}${conversion}${coding ? `-${coding}` : ""}${source === file ? "" : `-${source.tag}`}"`;
+  const vary = [charsetRule(type) === "any" && "Accept-Charset", (coding || isCompressible(type)) && "Accept-Encoding"];
   const fields: Field[] = [
     ["Content-Type", contentType(type, encoding, settings.declare)],
     ...(coding ? [["Content-Encoding", coding] as const] : []),
-    ...(vary ? [["Vary", vary] as const] : []),
+    ...(vary.some(Boolean) ? [["Vary", vary.filter(Boolean).join(", ")] as const] : []),
     ["Last-Modified", formatDate(file.time)],
     ["ETag", etag],
     ["Cache-Control", "no-cache"],
     ["Accept-Ranges", "bytes"],
   ];
-  return { file, source, type, stored, encoding, coding, etag, fields };
+  return { status: 200, fields, charset: encoding, validators: { etag, time: file.time } };
 }
 
-/** What is known of a text file's charset. */
-interface StoredCharset {
-  readonly identity: string;
-  readonly encoding: string | undefined;
-  /** The beginning of a file whose encoding is unknown. */
-  readonly sample: Uint8Array;
-}
-
-/** Looks into a text file, once for each state of it. */
-async function storedCharset(server: HttpServer, file: FileFound, type: string): Promise<StoredCharset> {
-  const cached = server.charsets.get(file.path);
-  if (cached?.identity === file.identity) return cached;
-  const sample = await readSample(file);
-  const told = server.settings.sourceCharset;
-  const encoding = sniffByteOrderMark(sample) ??
-    (told === "auto" ? storedEncoding(sample, type, file.size > sample.length) : told);
-  const known = { identity: file.identity, encoding, sample: encoding === undefined ? sample : new Uint8Array() };
-  server.charsets.set(file.path, known, known.sample.length);
-  return known;
-}
-
-async function readSample(found: FileFound): Promise<Uint8Array<ArrayBuffer>> {
-  using file = await openFile(found);
-  const sample = new Uint8Array(Math.min(found.size, BUFFERED_LIMIT));
-  return sample.subarray(0, await readFully(file, sample));
-}
-
-/** What bytes say of their encoding: a byte-order mark, a declaration, or being valid UTF-8. */
-function storedEncoding(bytes: Uint8Array, type: string, partial = false): string | undefined {
-  return sniffByteOrderMark(bytes) ?? declaredEncoding(bytes, type) ??
-    (isValid(bytes, "utf-8", partial) ? "utf-8" : undefined);
-}
-
-/** The coding that the client likes best among those we have (RFC 9110 §12.5.3), and where its bytes come from. */
-async function selectCoding(
-  server: HttpServer,
-  incoming: IncomingRequest,
+/** A small file, as it will be sent. */
+async function wholeMessage(
+  { server }: Exchange,
   file: FileFound,
-  converts: boolean,
-): Promise<{ coding: Coding | undefined; source: FileFound }> {
-  const accepted = acceptedCodings(incoming.header("accept-encoding"));
-  for (const coding of converts ? [] : accepted) {
-    const path = file.path + (coding === "br" ? ".br" : ".gz");
-    const found = server.root?.isFile ? undefined : await look(server.root!, path);
-    const isFresh = found?.info.isFile && (found.info.mtime?.getTime() ?? 0) >= file.time;
-    if (isFresh) return { coding, source: describeFile(path, found) };
+  nature: Nature,
+  variant: Variant,
+  bytes: Uint8Array<ArrayBuffer>,
+): Promise<WholeMessage> {
+  const described = describeVariant(server, file, nature, variant), kept = { date: "", composed: [] };
+  if (variant.source !== file) return { ...described, content: (await readShared(server, variant.source)).bytes, kept };
+  const { encoding, coding } = variant;
+  const make = () => encoding === nature.encoding ? { bytes, lost: 0 } : convert(server, nature, encoding!, bytes);
+  if (coding === undefined || coding === nature.coding) {
+    const { bytes: content, lost } = make();
+    return { ...described, content, lost, kept };
   }
-  const worthwhile = file.size >= COMPRESSION_LEAST && file.size <= BUFFERED_LIMIT;
-  return { coding: worthwhile ? accepted.find(canCompress) : undefined, source: file };
-}
-
-/** Codings that a client accepts at least as gladly as the bytes as they are, best first. */
-function acceptedCodings(accept: string | undefined): Coding[] {
-  if (accept === undefined) return [];
-  const qualities = parseAccept(accept);
-  const quality = (coding: string) =>
-    qualities.get(coding) ?? (coding === "gzip" ? qualities.get("x-gzip") : undefined) ?? qualities.get("*") ?? 0;
-  const identity = qualities.get("identity") ?? 0;
-  return (["br", "gzip"] as const).filter((coding) => quality(coding) > 0 && quality(coding) >= identity)
-    .sort((a, b) => quality(b) - quality(a));
-}
-
-/** Whether this platform has the compression. */
-function canCompress(coding: Coding): boolean {
-  try {
-    new CompressionStream(COMPRESSION_FORMATS[coding]);
-    return true;
-  } catch {
-    return false;
-  }
-}
-
-const COMPRESSION_FORMATS = { br: "brotli" as "gzip", gzip: "gzip" } as const;
-
-/** Resolves when the compression under way is done: one at a time, since it works on this thread. */
-let compressing: Promise<unknown> = Promise.resolve();
-
-function compress(bytes: Uint8Array<ArrayBuffer>, coding: Coding): Promise<Uint8Array<ArrayBuffer>> {
-  const compressed = compressing.then(async () => {
-    const { readable, writable } = new CompressionStream(COMPRESSION_FORMATS[coding]);
-    return (await Promise.all([new Response(readable).bytes(), writeAll(writable, bytes)]))[0];
-  });
-  compressing = compressed.catch(() => {});
-  return compressed;
-}
-
-/** Compression is fed in pieces of this size, in bytes. */
-const COMPRESSION_PIECE = 64 * 1024;
-
-/** Feeds a transformation in pieces, and lets others be served in between. */
-async function writeAll(stream: WritableStream<BufferSource>, bytes: Uint8Array<ArrayBuffer>): Promise<void> {
-  const writer = stream.getWriter();
-  for (let at = 0; at < bytes.length; at += COMPRESSION_PIECE) {
-    if (at > 0) await new Promise((resolve) => setTimeout(resolve));
-    await writer.write(bytes.subarray(at, at + COMPRESSION_PIECE));
-  }
-  await writer.close();
-}
-
-/** The representation's bytes as the content of a 200: a stream, or from memory, where many requests share them. */
-async function readContent(server: HttpServer, chosen: Representation): Promise<Message> {
-  const { file, source, stored, encoding, coding, fields } = chosen;
-  if (source.size > BUFFERED_LIMIT) {
-    const content = encoding === stored ? streamFile(source) : streamConverted(server, chosen);
-    return { status: 200, fields, content, charset: encoding };
-  }
-  const key = `${file.path}|${stored}|${encoding}|${coding}`, identity = `${file.identity}|${source.identity}`;
-  const cached = server.messages.get(key);
-  if (cached?.identity === identity) return await cached.message;
-  const message = loadMessage(server, chosen);
-  server.messages.set(key, { identity, message }, source.size * 3);
-  const forget = () => server.messages.delete(key);
-  // A file written a moment ago may be written again without its times showing it.
-  message.then(() => Date.now() - file.time < RACY_TIME && forget(), forget);
-  return await message;
-}
-
-async function loadMessage(server: HttpServer, chosen: Representation): Promise<WholeMessage> {
-  const { file, source, stored, encoding, coding, fields } = chosen;
-  const bytes = await readWhole(source);
-  const { bytes: converted, lost } = encoding === stored ? { bytes, lost: 0 } : convert(server, chosen, bytes);
-  const content = coding !== undefined && source === file ? await compress(converted, coding) : converted;
-  const isSettled = Date.now() - file.time > RACY_TIME && !file.isLinked && !source.isLinked;
-  return {
-    status: 200,
-    fields,
-    content,
-    charset: encoding,
-    lost,
-    ...(isSettled && { isFresh: freshness(file, source) }),
-  };
+  return { ...described, content: await compress(bytes.length, coding, () => make().bytes), kept };
 }
 
 /** Decodes, corrects the declaration inside, encodes. */
-function convert(server: HttpServer, chosen: Representation, bytes: Uint8Array): Encoded {
-  const text = decodeText(bytes, chosen.stored!);
-  return encodeText(
-    rewriteDeclaration(text, chosen.type, chosen.encoding!),
-    chosen.encoding!,
-    unmappableFor(server.settings.unmappable, chosen.type),
-  );
+function convert(server: HttpServer, { type, encoding: stored }: Nature, encoding: string, bytes: Uint8Array): Encoded {
+  const text = rewriteDeclarations(decodeText(bytes, stored!), type, encoding);
+  return encodeText(text, encoding, unmappableFor(server.settings.unmappable, type));
 }
 
-/** Whether a cached file is still what is on disk; looks at most once in a while. */
-function freshness(...files: FileFound[]): (now: number) => boolean {
-  let looked = Date.now();
-  return (now) => {
-    if (now - looked < STAT_INTERVAL && now >= looked) return true;
-    looked = now;
-    try {
-      return files.every(({ path, identity }) => identityOf(Deno.lstatSync(path)) === identity);
-    } catch {
-      return false; // The long way finds out why.
-    }
-  };
+/** `auto` writes character references where they mean the character, and question marks elsewhere. */
+function unmappableFor(mode: Unmappable | "auto", type: string): Unmappable {
+  return mode !== "auto" ? mode : MARKUP_TYPE.test(type) ? "html" : "replacement";
 }
 
-/** Opens a file that was found; it must still be that file, and still be reached without a link. */
-async function openFile({ path, identity }: FileFound): Promise<Deno.FsFile> {
-  const file = await orNothing(Deno.open(path));
-  if (file === undefined) throw new HttpError(404, "Nothing is here any more");
-  const same = identityOf(await file.stat()) === identity && await orNothing(Deno.realPath(path)) === path;
-  if (same) return file;
-  file.close();
+/** The answer for what a request names, or for what is not found. */
+function reply(exchange: Exchange, message: Message, status: 200 | 404): Message {
+  if (status === 200) return conditional(exchange.head, message);
+  const fields = message.fields.filter(([name]) => !/^(?:ETag|Last-Modified|Accept-Ranges)$/.test(name));
+  const { validators: _, ...rest } = message;
+  return { ...rest, status, fields, ...("kept" in rest && { kept: undefined }) } as Message;
+}
+
+/** What a file is: by its name, and by what is in it where the name does not say enough. */
+function natureOf(server: HttpServer, file: FileFound, sample: Uint8Array): Nature {
+  const { type: named, coding } = typeOfName(file.name, server.settings.type), type = typeOfContent(named, sample);
+  if (coding !== undefined || charsetRule(type) === "none") return { type, encoding: undefined, coding };
+  return { type, encoding: storedEncoding(sample, type, file.size > sample.length) };
+}
+
+/** A file's bytes, or the beginning of a large one; whoever needs them at the same time shares them. */
+function readShared(server: HttpServer, file: FileFound): Promise<Opened> {
+  return file.reading ??= readFile(server, file).finally(() => file.reading = undefined);
+}
+
+/** A file as it was when it was opened, and its bytes, or the beginning of a large one. */
+interface Opened {
+  readonly file: FileFound;
+  readonly bytes: Uint8Array<ArrayBuffer>;
+}
+
+/** How often a file that is being written over is read anew, and how long is waited between, in milliseconds. */
+const READ_ATTEMPTS = 5, READ_PAUSE = 5;
+
+async function readFile(server: HttpServer, found: FileFound): Promise<Opened> {
+  for (let attempt = 0; attempt < READ_ATTEMPTS; attempt++) {
+    if (attempt > 0) await new Promise((resolve) => setTimeout(resolve, READ_PAUSE));
+    using opened = await openFile(server, found.path);
+    const info = await opened.stat();
+    const file = isSameState(info, found.info) ? found : describeFile(found.path, found.name, info, found.evidence);
+    const bytes = new Uint8Array(Math.min(file.size, BUFFERED_LIMIT));
+    const length = await readFully(opened, bytes);
+    if (length === bytes.length && await isUntouched(opened, info)) return { file, bytes };
+  }
   throw fileChanged();
 }
+
+/** Whether a file is as it was when it was opened, or has only grown. */
+async function isUntouched(file: Deno.FsFile, opened: Deno.FileInfo): Promise<boolean> {
+  const hasGrown = (info: Deno.FileInfo) => info.size > opened.size;
+  const info = await file.stat();
+  if (hasGrown(info) || isSameState(info, opened)) return true;
+  if (info.size < opened.size) return false;
+  // What is being appended shows in the time first, and then in the size.
+  await new Promise((resolve) => setTimeout(resolve, READ_PAUSE));
+  return hasGrown(await file.stat());
+}
+
+/** For a file that is no longer what was promised. */
+const fileChanged = () => new HttpError(503, "The file is being written", [["Retry-After", "1"]]);
 
 /** Reads until the buffer is full or the file ends. Returns how many bytes were read. */
 async function readFully(file: Deno.FsFile, buffer: Uint8Array): Promise<number> {
@@ -2107,57 +2390,91 @@ async function readFully(file: Deno.FsFile, buffer: Uint8Array): Promise<number>
   return length;
 }
 
-/** For a file that is no longer what was stat'ed: its length is not the promised one. */
-const fileChanged = () => new HttpError(503, "The file is being written", [["Retry-After", "1"]]);
-
-async function readWhole(found: FileFound): Promise<Uint8Array<ArrayBuffer>> {
-  using file = await openFile(found);
-  const bytes = new Uint8Array(found.size);
-  const length = await readFully(file, bytes);
-  if (length !== found.size || identityOf(await file.stat()) !== found.identity) throw fileChanged();
-  return bytes;
+/** Opens a file of the site: what is opened was reached without a link, however fast somebody swaps folders and links. */
+async function openFile(server: HttpServer, path: string): Promise<Deno.FsFile> {
+  const opening = Deno.open(path), late = Promise.withResolvers<undefined>();
+  const timer = setTimeout(() => late.resolve(undefined), OPEN_TIME);
+  const file = await Promise.race([opening, late.promise]).catch(absence);
+  clearTimeout(timer);
+  if (file === undefined) {
+    opening.then((file) => file.close(), () => {});
+    throw new HttpError(404, "Nothing is here any more");
+  }
+  const info = await file.stat();
+  if (info.isFile && (server.settings.followLinks || isReached(path, (found) => isSameFile(found, info)))) return file;
+  file.close();
+  throw new HttpError(404, "Nothing is here any more");
 }
 
-/** A large file, as it is. */
-function streamFile(source: FileFound): Stream {
+/** How many looks decide that something was reached without a link. */
+const LOOKS = 40;
+
+/**
+ * Whether a path leads to this very thing without a link. There is no one call that says so, and a folder may be
+ * swapped for a link, and back, between two. So the looks alternate: is the path free of links? does it lead to that
+ * thing? Which of the two is asked is left to chance each time, so that no rhythm of swaps can suit all of them.
+ */
+function isReached(path: string, isIt: (info: Deno.FileInfo) => boolean): boolean {
+  const folder = parentOf(path);
+  for (let i = 0; i < LOOKS; i++) {
+    const info = Math.random() < 0.5 ? undefined : statOf(path);
+    if (info === undefined ? orNothing(() => Deno.realPathSync(folder)) !== folder : !isIt(info)) return false;
+  }
+  return true;
+}
+
+/** A file that is too large to be kept. */
+function streamedMessage({ server }: Exchange, file: FileFound, nature: Nature, variant: Variant): StreamMessage {
+  const content = variant.encoding === nature.encoding
+    ? streamFile(server, variant.source)
+    : streamConverted(server, file, nature, variant.encoding!);
+  return { ...describeVariant(server, file, nature, variant), content };
+}
+
+/** A large file, as it is, as long as it was when it was looked at. */
+function streamFile(server: HttpServer, source: FileFound): Stream {
   return {
     length: source.size,
     async *read(start = 0, end = Infinity) {
-      using file = await openFile(source);
+      using file = await openFile(server, source.path);
+      const info = await file.stat();
+      if (!isSameFile(info, source.info) || info.size < source.size) throw fileChanged();
       if (start > 0) await file.seek(start, Deno.SeekMode.Start);
       const buffer = new Uint8Array(PIECE_SIZE);
       for (let left = Math.min(end, source.size) - start; left > 0;) {
         const piece = left < PIECE_SIZE ? buffer.subarray(0, left) : buffer;
-        const length = await readFully(file, piece), info = await file.stat();
-        // A log may grow while it is sent; what is written over is another file.
-        const isSame = info.size > source.size || info.size === source.size && info.mtime?.getTime() === source.time;
-        if (length < piece.length || !isSame) throw fileChanged();
-        left -= length;
+        if (await readFully(file, piece) < piece.length || !await isUntouched(file, source.info)) throw fileChanged();
+        left -= piece.length;
         yield piece;
       }
     },
   };
 }
 
-/** A large text file, decoded and encoded piece by piece; its length is found by doing so once. */
-function streamConverted(server: HttpServer, chosen: Representation): Stream {
-  const { source, type, encoding } = chosen, mode = unmappableFor(server.settings.unmappable, type);
-  async function* convertAll() {
-    const decoder = new TextDecoder(chosen.stored), carry: Carry = { state: ASCII, isLast: false };
-    let first = true;
-    for await (const piece of streamFile(source).read()) {
-      const text = decoder.decode(piece, { stream: true });
-      yield encodeText(first ? rewriteDeclaration(text, type, encoding!) : text, encoding!, mode, carry).bytes;
-      first = false;
-    }
-    carry.isLast = true;
-    yield encodeText(decoder.decode(), encoding!, mode, carry).bytes;
+/** A large text in another charset: its length, and where in it the pieces of the file begin, as far as that is known. */
+interface Conversion {
+  length: number | undefined;
+  /** Offsets in the file, and in what is sent: pieces from there on can be converted without those before. */
+  readonly checkpoints: { readonly from: number; readonly to: number }[];
+}
+
+/**
+ * A large text file, decoded and encoded piece by piece. How long that becomes is known once somebody has got all of
+ * it; until then, parts of it cannot be had (RFC 9110 §14.2 lets us send the whole).
+ */
+function streamConverted(server: HttpServer, file: FileFound, nature: Nature, encoding: string): Stream {
+  let conversion = file.conversions.get(encoding);
+  if (conversion === undefined) {
+    conversion = { length: undefined, checkpoints: [{ from: 0, to: 0 }] };
+    file.conversions.set(encoding, conversion);
   }
+  const { length, checkpoints } = conversion;
   return {
-    length: undefined,
+    length,
     async *read(start = 0, end = Infinity) {
-      let at = 0;
-      for await (const piece of convertAll()) {
+      const { from, to } = checkpoints.findLast(({ to }) => to <= start)!;
+      let at = to;
+      for await (const piece of convertPieces(server, file, nature, encoding, conversion, from, to)) {
         const part = piece.subarray(Math.max(0, start - at), Math.max(0, end - at));
         at += piece.length;
         if (part.length > 0) yield part;
@@ -2167,25 +2484,171 @@ function streamConverted(server: HttpServer, chosen: Representation): Stream {
   };
 }
 
+/** Converts a file from one of its checkpoints on, and notes those that come. */
+async function* convertPieces(
+  server: HttpServer,
+  file: FileFound,
+  nature: Nature,
+  encoding: string,
+  conversion: Conversion,
+  from: number,
+  to: number,
+): AsyncGenerator<Uint8Array> {
+  const stored = nature.encoding!, mode = unmappableFor(server.settings.unmappable, nature.type);
+  const decoder = new TextDecoder(stored), carry: Carry = { state: ASCII, isLast: false };
+  // Behind a line feed, an ASCII byte in all these, a decoder begins anew, and so does an encoder; but see ISO-2022-JP.
+  const isSeekable = !/^(?:utf-16|iso-2022)/.test(stored) && encoding !== "iso-2022-jp";
+  let rest = new Uint8Array(), read = from, sent = to;
+  for await (const piece of streamFile(server, file).read(from)) {
+    const isLast = (read += piece.length) >= file.size, bytes = rest.length > 0 ? concat([rest, piece]) : piece;
+    const lineEnd = isLast || !isSeekable ? bytes.length : bytes.lastIndexOf(LF) + 1;
+    const end = lineEnd === 0 ? bytes.length : lineEnd;
+    carry.isLast = isLast;
+    const text = decoder.decode(bytes.subarray(0, end), { stream: !isLast });
+    const { bytes: encoded } = encodeText(
+      sent === 0 ? rewriteDeclarations(text, nature.type, encoding) : text,
+      encoding,
+      mode,
+      carry,
+    );
+    rest = bytes.slice(end);
+    sent += encoded.length;
+    const known = conversion.checkpoints.at(-1)!;
+    if (isSeekable && lineEnd > 0 && sent > known.to) {
+      conversion.checkpoints.push({ from: read - rest.length, to: sent });
+    }
+    yield encoded;
+  }
+  conversion.length = sent;
+}
+
+/** What bytes say of their encoding: a byte-order mark, a declaration, or being valid UTF-8. */
+function storedEncoding(bytes: Uint8Array, type: string, partial = false): string | undefined {
+  return sniffByteOrderMark(bytes) ?? declaredEncoding(bytes, type) ??
+    (isValid(bytes, "utf-8", partial) ? "utf-8" : undefined);
+}
+
+/** Codings that a client accepts no less than the bytes as they are, best first (RFC 9110 §12.5.3). */
+const acceptedCodings = remembered((accept: string | undefined): readonly Coding[] => {
+  if (accept === undefined) return [];
+  const qualities = parseAccept(accept);
+  const quality = (coding: string) =>
+    qualities.get(coding) ?? (coding === "gzip" ? qualities.get("x-gzip") : undefined) ?? qualities.get("*") ?? 0;
+  const identity = qualities.get("identity") ?? 0;
+  return (["br", "gzip"] as const).filter((coding) => quality(coding) > 0 && quality(coding) >= identity)
+    .sort((a, b) => quality(b) - quality(a));
+});
+
+const COMPRESSION_FORMATS = { br: "brotli" as "gzip", gzip: "gzip" } as const;
+
+/** The codings that this platform can make. */
+const ownCodings = lazily(() => (["br", "gzip"] as const).filter(canCompress));
+
+function canCompress(coding: Coding): boolean {
+  try {
+    new CompressionStream(COMPRESSION_FORMATS[coding]);
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+/** Most content that waits to be compressed, in bytes; what comes then is sent as it is. */
+const COMPRESSION_QUEUE = 16 * 1024 * 1024;
+/** Compression is fed in pieces of this size, in bytes. */
+const COMPRESSION_PIECE = 64 * 1024;
+
+interface Compression {
+  /** Of what is compressed, in bytes. */
+  readonly size: number;
+  readonly run: () => Promise<void>;
+}
+
+/** Compressions that wait: one at a time, since they work on this thread, and the smallest first. */
+const compressions: Compression[] = [];
+let isCompressing = false;
+
+function canWait(size: number): boolean {
+  return compressions.reduce((sum, waiting) => sum + waiting.size, size) <= COMPRESSION_QUEUE;
+}
+
+/** Compresses what `make` gives when its turn comes. */
+function compress(size: number, coding: Coding, make: () => Uint8Array<ArrayBuffer>): Promise<Uint8Array<ArrayBuffer>> {
+  const { promise, resolve, reject } = Promise.withResolvers<Uint8Array<ArrayBuffer>>();
+  compressions.push({ size, run: () => compressNow(make, coding).then(resolve, reject) });
+  if (!isCompressing) void compressAll();
+  return promise;
+}
+
+async function compressAll(): Promise<void> {
+  isCompressing = true;
+  while (compressions.length > 0) {
+    const smallest = compressions.reduce((a, b) => b.size < a.size ? b : a);
+    compressions.splice(compressions.indexOf(smallest), 1);
+    await smallest.run();
+  }
+  isCompressing = false;
+}
+
+async function compressNow(make: () => Uint8Array<ArrayBuffer>, coding: Coding): Promise<Uint8Array<ArrayBuffer>> {
+  const bytes = make(), { readable, writable } = new CompressionStream(COMPRESSION_FORMATS[coding]);
+  return (await Promise.all([new Response(readable).bytes(), writeAll(writable, bytes)]))[0];
+}
+
+/** Feeds a transformation in pieces, and lets others be served in between. */
+async function writeAll(stream: WritableStream<BufferSource>, bytes: Uint8Array<ArrayBuffer>): Promise<void> {
+  const writer = stream.getWriter();
+  for (let at = 0; at < bytes.length; at += COMPRESSION_PIECE) {
+    if (at > 0) await new Promise((resolve) => setTimeout(resolve));
+    await writer.write(bytes.subarray(at, at + COMPRESSION_PIECE));
+  }
+  await writer.close();
+}
+
 // ── Preconditions and ranges ─────────────────────────────────────────────────────────────────────
 // A client that has a copy asks "only if it changed", one that has a part asks for the rest, and one
 // that wants to overwrite asks "only if nobody else did". The order of the questions is the RFC's.
 
+/** What conditional requests compare with. */
+interface Validators {
+  /** Strong (RFC 9110 §8.8.3). */
+  readonly etag: string;
+  /** Last modification, in milliseconds. */
+  readonly time: number;
+}
+
+/** A response, as the conditions and the range of a request want it. */
+function conditional(head: RequestHead, message: Message): Message {
+  const { validators } = message;
+  if (validators === undefined) return message;
+  return evaluatePreconditions(head, validators) === 304
+    ? notModified(message)
+    : resolveRange(head, message, validators);
+}
+
 /** RFC 9110 §13.2.2. Returns 200 or 304; throws 412. */
-function evaluatePreconditions(head: RequestHead, { etag, file }: Representation): 200 | 304 {
-  // HTTP dates have no milliseconds.
-  const modified = Math.trunc(file.time / 1000) * 1000;
-  const reads = head.method === "GET" || head.method === "HEAD";
+function evaluatePreconditions(head: RequestHead, { etag, time }: Validators): 200 | 304 {
   const ifMatch = fieldValue(head, "if-match"), ifNoneMatch = fieldValue(head, "if-none-match");
-  const unmodifiedSince = parseDate(fieldValue(head, "if-unmodified-since") ?? "");
-  const modifiedSince = parseDate(fieldValue(head, "if-modified-since") ?? "");
-  // A date that is no date is ignored: comparing with NaN is false.
-  const changed = ifMatch !== undefined ? !matchesTag(ifMatch, etag, "strong") : modified > unmodifiedSince;
-  if (changed) throw new HttpError(412, "The file is not the one you mean", [["ETag", etag]]);
-  const has = ifNoneMatch !== undefined ? matchesTag(ifNoneMatch, etag, "weak") : reads && modified <= modifiedSince;
-  if (!has) return 200;
-  if (reads) return 304;
+  const unmodifiedSince = fieldValue(head, "if-unmodified-since"),
+    modifiedSince = fieldValue(head, "if-modified-since");
+  if ((ifMatch ?? ifNoneMatch ?? unmodifiedSince ?? modifiedSince) === undefined) return 200;
+  // HTTP dates have no milliseconds. A date that is no date is ignored: comparing with NaN is false.
+  const modified = Math.trunc(time / 1000) * 1000, isReading = head.method === "GET" || head.method === "HEAD";
+  const hasChanged = ifMatch !== undefined
+    ? !matchesTag(ifMatch, etag, "strong")
+    : modified > parseDate(unmodifiedSince ?? "");
+  if (hasChanged) throw new HttpError(412, "The file is not the one you mean", [["ETag", etag]]);
+  const isKnown = ifNoneMatch !== undefined
+    ? matchesTag(ifNoneMatch, etag, "weak")
+    : isReading && isPast(modified) && modified <= parseDate(modifiedSince ?? "");
+  if (!isKnown) return 200;
+  if (isReading) return 304;
   throw new HttpError(412, "The file exists", [["ETag", etag]]);
+}
+
+/** Whether a second is over: until then, what is modified again keeps its date (RFC 9110 §8.8.2.2). */
+function isPast(time: number): boolean {
+  return Math.trunc(time / 1000) < Math.trunc(Date.now() / 1000);
 }
 
 /** Whether a list of entity tags has this one (RFC 9110 §8.8.3.2). */
@@ -2196,9 +2659,13 @@ function matchesTag(list: string, etag: string, comparison: "strong" | "weak"): 
 }
 
 /** RFC 9110 §15.4.5: the fields that a cache needs, no content. */
-function notModified({ fields, encoding }: Representation): Message {
-  const kept = fields.filter(([name]) => /^(?:ETag|Cache-Control|Vary|Last-Modified)$/.test(name));
-  return { status: 304, fields: kept, content: NO_BYTES, charset: encoding };
+function notModified(message: Message): WholeMessage {
+  const kept = isWhole(message) ? message.kept : undefined;
+  if (kept?.notModified !== undefined) return kept.notModified;
+  const fields = message.fields.filter(([name]) => /^(?:ETag|Cache-Control|Vary|Last-Modified)$/.test(name));
+  const made: WholeMessage = { status: 304, fields, content: NO_BYTES, charset: message.charset };
+  if (kept === undefined) return made;
+  return kept.notModified = { ...made, kept: { date: "", composed: [] } };
 }
 
 /** Most ranges of one request; more get the whole (RFC 9110 §17.15). */
@@ -2219,7 +2686,8 @@ function parseRange(value: string, length: number): ByteRange[] | undefined {
   const ranges: ByteRange[] = [], specs = set === undefined ? [] : parseList(set);
   if (specs.length === 0 || specs.length > RANGE_LIMIT) return undefined;
   for (const spec of specs) {
-    const [, first, last] = /^(\d{0,15})-(\d{0,15})$/.exec(spec) ?? [];
+    // More digits than a number holds are more than there are bytes.
+    const [, first, last] = /^(\d*)-(\d*)$/.exec(spec) ?? [];
     if (first === undefined || last === undefined || first + last === "") return undefined;
     const isSuffix = first === "", start = isSuffix ? Math.max(0, length - Number(last)) : Number(first);
     const end = isSuffix || last === "" ? length : Math.min(length, Number(last) + 1);
@@ -2232,46 +2700,44 @@ function parseRange(value: string, length: number): ByteRange[] | undefined {
 }
 
 /** The part of the content that a Range field asks for (RFC 9110 §14.2): 206, 416, or the whole. */
-async function resolveRange(head: RequestHead, { etag, file, type }: Representation, whole: Message): Promise<Message> {
-  const asked = head.method === "GET" ? fieldValue(head, "range") : undefined;
+function resolveRange(head: RequestHead, whole: Message, { etag, time }: Validators): Message {
+  const asked = head.method === "GET" ? fieldValue(head, "range") : undefined, { length } = whole.content;
+  // What has no length yet, or no bytes, has no parts: the whole is sent.
+  if (asked === undefined || !length) return whole;
   const condition = fieldValue(head, "if-range");
-  if (asked === undefined || !/^bytes=/i.test(asked)) return whole;
-  if (condition !== undefined && condition !== etag && condition !== formatDate(file.time)) return whole;
-  const length = whole.content.length ?? await measureStream(whole.content as Stream);
-  const ranges = parseRange(asked, length);
+  const isSame = condition === undefined || condition === etag || isPast(time) && condition === formatDate(time);
+  const ranges = isSame ? parseRange(asked, length) : undefined;
   if (ranges === undefined) return whole;
   if (ranges.length === 0) {
     throw new HttpError(416, "No byte of the file is in that range", [["Content-Range", `bytes */${length}`]]);
   }
-  const parts = ranges.map(({ start, end }) => ({
-    start,
-    end,
-    field: ["Content-Range", `bytes ${start}-${end - 1}/${length}`] as const,
+  const parts = ranges.map((range): Part => ({
+    ...range,
+    field: ["Content-Range", `bytes ${range.start}-${range.end - 1}/${length}`],
   }));
-  const rest = { status: 206, charset: whole.charset };
-  const [only] = parts;
+  const [only] = parts, type = whole.fields.find(([name]) => name === "Content-Type")!;
+  const { charset } = whole, status = 206;
   if (parts.length === 1) {
-    return { ...rest, fields: [...whole.fields, only!.field], content: slice(whole.content, [only!]) };
+    return withContent({ status, charset, fields: [...whole.fields, only!.field] }, slice(whole.content, parts));
   }
   // RFC 9110 §14.6: each part has its own head, and the boundary stands in no part.
-  const boundary = crypto.randomUUID();
-  const partType = whole.fields.find(([name]) => name === "Content-Type")?.[1] ?? type;
-  const pieces = parts.flatMap((part) => [
-    latin1Bytes(`\r\n--${boundary}\r\nContent-Type: ${partType}\r\n${part.field.join(": ")}\r\n\r\n`),
-    part,
-  ]);
-  const fields = whole.fields.filter(([name]) => name !== "Content-Type");
-  return {
-    ...rest,
-    fields: [["Content-Type", `multipart/byteranges; boundary=${boundary}`], ...fields],
-    content: slice(whole.content, [...pieces, latin1Bytes(`\r\n--${boundary}--\r\n`)]),
-  };
+  const boundary = crypto.randomUUID(), fields = whole.fields.filter((field) => field !== type);
+  return withContent(
+    { status, charset, fields: [["Content-Type", `multipart/byteranges; boundary=${boundary}`], ...fields] },
+    slice(whole.content, multipart(parts, type, boundary)),
+  );
 }
 
-async function measureStream(content: Stream): Promise<number> {
-  let length = 0;
-  for await (const piece of content.read()) length += piece.length;
-  return length;
+/** A part of the content, and the field that says which. */
+interface Part extends ByteRange {
+  readonly field: Field;
+}
+
+function multipart(parts: readonly Part[], type: Field, boundary: string): (ByteRange | Uint8Array)[] {
+  const heads = parts.map(({ field }) =>
+    latin1Bytes(`\r\n--${boundary}\r\n${type.join(": ")}\r\n${field.join(": ")}\r\n\r\n`)
+  );
+  return [...parts.flatMap((part, i) => [heads[i]!, part]), latin1Bytes(`\r\n--${boundary}--\r\n`)];
 }
 
 /** Content made of parts of other content, and of bytes between them. */
@@ -2294,39 +2760,80 @@ function slice(content: Uint8Array | Stream, parts: readonly (ByteRange | Uint8A
 // What the stages before have decided becomes bytes. One function writes heads.
 
 /** A response, ready but for what depends on the connection. */
-interface Message {
+type Message = WholeMessage | StreamMessage;
+
+interface MessageParts {
   readonly status: number;
   readonly fields: readonly Field[];
-  readonly content: Uint8Array | Stream;
   /** The charset it is sent in, for the log. */
   readonly charset?: string | undefined;
   /** How many characters the charset lacked. */
   readonly lost?: number;
-  /** Present if the message may answer equal requests again, as long as this says so. */
-  readonly isFresh?: (now: number) => boolean;
-  /** Such a message as bytes, good for the second that its Date names. */
-  ready?: { [persistent: string]: { readonly bytes: Uint8Array; readonly second: number } };
+  /** What the log says of it besides. */
+  readonly note?: string;
+  /** It shows what is in a folder, not something that was asked for by its name. */
+  readonly isListing?: boolean;
+  /** What conditional requests are answered by. */
+  readonly validators?: Validators;
+}
+
+/** A response whose content is there. */
+interface WholeMessage extends MessageParts {
+  readonly content: Uint8Array;
+  /** Present if it will be sent again. */
+  readonly kept?: Kept | undefined;
+}
+
+/** A response whose content is made on the way. */
+interface StreamMessage extends MessageParts {
+  readonly content: Stream;
+}
+
+/** A response as it was sent before, in its kinds: they are good as long as their Date is. */
+interface Kept {
+  date: string;
+  composed: (Uint8Array | undefined)[];
+  notModified?: WholeMessage;
+}
+
+function withContent(parts: MessageParts, content: Uint8Array | Stream): Message {
+  return content instanceof Uint8Array ? { ...parts, content } : { ...parts, content };
+}
+
+function isWhole(message: Message): message is WholeMessage {
+  return message.content instanceof Uint8Array;
 }
 
 const NO_BYTES = new Uint8Array();
 const CONTINUE = new TextEncoder().encode("HTTP/1.1 100 Continue\r\n\r\n");
 
-/** A response's head (RFC 9112 §4, RFC 9110 §6.6, §8.6). `head` is undefined if the request's could not be read. */
-function formatHead(server: HttpServer, message: Message, head: RequestHead | undefined, persistent: boolean): string {
-  const { status, fields, content } = message;
+/** A response's head (RFC 9112 §4, RFC 9110 §6.6, §8.6). */
+function formatHead(server: HttpServer, message: Message, head: RequestHead, persistent: boolean): string {
+  const { status, fields, content } = message, added = isCacheable(message) ? server.added : server.addedUncached;
   let text = `HTTP/1.1 ${status} ${REASONS[status] ?? ""}\r\nDate: ${server.date()}\r\n`;
   for (const [name, value] of fields) {
-    if (!server.ownFields.has(name.toLowerCase())) text += `${name}: ${value}\r\n`;
+    if (added.names.size === 0 || !added.names.has(name.toLowerCase())) text += `${name}: ${value}\r\n`;
   }
-  text += server.extraHead;
+  text += added.text;
   // HTTP/1.0 knows no chunks: there the end of the connection is the end.
   if (!hasNoContent(status)) {
     if (content.length !== undefined) text += `Content-Length: ${content.length}\r\n`;
-    else if (head?.minor === 1) text += "Transfer-Encoding: chunked\r\n";
+    else if (head.minor === 1) text += "Transfer-Encoding: chunked\r\n";
   }
   if (!persistent) text += "Connection: close\r\n";
-  else if (head?.minor === 0) text += "Connection: keep-alive\r\n";
+  else if (head.minor === 0) text += "Connection: keep-alive\r\n";
   return text + "\r\n";
+}
+
+/** Fields that are added to every response: as text, and the names that they replace. */
+interface AddedFields {
+  readonly text: string;
+  readonly names: ReadonlySet<string>;
+}
+
+/** Whether what `--header` says about caching is meant for this: never for errors, redirects and listings. */
+function isCacheable({ status, isListing }: Message): boolean {
+  return (status < 300 || status === 304) && !isListing;
 }
 
 /** Statuses whose responses end with their head (RFC 9112 §6.3). */
@@ -2334,75 +2841,25 @@ function hasNoContent(status: number): boolean {
   return status === 204 || status === 304;
 }
 
-/** A message whose content is bytes. */
-type WholeMessage = Message & { readonly content: Uint8Array };
-
-function isWhole(message: Message): message is WholeMessage {
-  return message.content instanceof Uint8Array;
-}
-
 /** Head and content in one piece, for one write. */
-function compose(
-  server: HttpServer,
-  message: WholeMessage,
-  head: RequestHead | undefined,
-  persistent: boolean,
-  isHead: boolean = head?.method === "HEAD",
-): Uint8Array {
+function composeMessage(server: HttpServer, message: WholeMessage, head: RequestHead, persistent: boolean): Uint8Array {
   const text = formatHead(server, message, head, persistent);
-  server.log.wire(text, ">");
-  const length = isHead || hasNoContent(message.status) ? 0 : message.content.length;
+  const length = head.method === "HEAD" || hasNoContent(message.status) ? 0 : message.content.length;
   const bytes = allocate(text.length + length);
   writeLatin1(text, bytes);
   if (length > 0) bytes.set(message.content, text.length);
   return bytes;
 }
 
-/** Writes a response whose content is made on the way. */
-async function writeStream(
-  server: HttpServer,
-  connection: Connection,
-  message: Message & { content: Stream },
-  head: RequestHead,
-): Promise<void> {
-  const { content, status } = message, isBare = head.method === "HEAD" || hasNoContent(status);
-  const chunked = content.length === undefined && head.minor === 1;
-  if (content.length === undefined && !chunked) connection.close(false);
-  const text = formatHead(server, message, head, persists(server, connection, head));
-  server.log.wire(text, ">");
-  let before: Uint8Array = latin1Bytes(text), sent = 0;
-  if (isBare) await content.cancel?.();
-  else {
-    // The head leaves with the first piece, if that is not long in coming: when it cannot be had, an error
-    // page can still be sent.
-    const pieces = content.read(0, Infinity, text)[Symbol.asyncIterator]();
-    try {
-      const first = pieces.next();
-      if (content.isLive && !await settlesSoon(first)) {
-        connection.midway = true;
-        await connection.write(before);
-        before = NO_BYTES;
-      }
-      for (let piece = await first; !piece.done; piece = await pieces.next()) {
-        if (piece.value.length === 0) continue;
-        connection.midway = true;
-        await connection.write(framePiece(before, piece.value, chunked));
-        before = NO_BYTES;
-        sent += piece.value.length;
-      }
-    } finally {
-      await pieces.return?.();
-    }
-    if (chunked) before = concat([before, LAST_CHUNK]);
-  }
-  await connection.write(before);
-  connection.midway = false;
-  server.log.access(clientOf(server, connection, head), head, message, sent);
+/** The head of a response that is bytes already. */
+function headOf(bytes: Uint8Array): string {
+  const text = latin1(bytes.subarray(0, HEAD_LIMIT));
+  return text.slice(0, text.indexOf("\r\n\r\n") + 4);
 }
 
 /** A piece of content with what stands before it, as a chunk if it is to be one (RFC 9112 §7.1). */
-function framePiece(before: Uint8Array, piece: Uint8Array, chunked: boolean): Uint8Array {
-  if (chunked) return concat([before, latin1Bytes(`${piece.length.toString(16)}\r\n`), piece, CRLF]);
+function framePiece(before: Uint8Array, piece: Uint8Array, isChunk: boolean): Uint8Array {
+  if (isChunk) return concat([before, latin1Bytes(`${piece.length.toString(16)}\r\n`), piece, CRLF]);
   return before.length === 0 ? piece : concat([before, piece]);
 }
 
@@ -2454,11 +2911,34 @@ function encodingOf(label: string): string {
   try {
     return new TextDecoder(label).encoding;
   } catch {
-    const near = didYouMean(label, LABELS);
+    const near = suggestLabel(label), meant = near === undefined ? "" : `, did you mean ${encodingOf(near)}?`;
     throw new RangeError(
-      `The charset "${escapeControls(label.slice(0, 40))}" does not exist or cannot be written${near}`,
+      `The charset "${escapeControls(label.slice(0, 40))}" does not exist or cannot be written${meant}`,
     );
   }
+}
+
+/** What people write for labels that the Encoding Standard lacks: code pages, names of databases and editors. */
+// deno-fmt-ignore
+const ALIASES: Readonly<Record<string, string>> = {
+  "utf-8": "65001 utf utf8mb3 utf8mb4", "utf-16le": "1200", "utf-16be": "1201", gbk: "936 51936 euccn",
+  gb18030: "54936", big5: "950", shift_jis: "932 sjiswin", "euc-jp": "20932 51932 eucjpms ujis", "euc-kr": "949 51949 uhc",
+  "koi8-r": "20866", "koi8-u": "21866", macintosh: "10000 macroman", "windows-1252": "ansi", "iso-8859-13": "latin7",
+  "iso-8859-14": "latin8", "iso-8859-15": "latin9", "iso-8859-16": "latin10",
+};
+
+/** The label that somebody means who writes one that does not exist; none if that is anyone's guess. */
+function suggestLabel(typed: string): string | undefined {
+  const plain = (label: string) => label.toLowerCase().replace(/[^a-z0-9]/g, "").replace(/^x(?=\D)/, "");
+  const name = plain(typed.slice(0, 40)), page = name.replace(/^(?:cp|ibm|ms|windows|win|iso)(?=\d+$)/, "");
+  const alias = Object.entries(ALIASES).find(([, aliases]) => aliases.split(" ").includes(page))?.[0];
+  const names = [name, `windows${page}`, `ibm${page}`, `iso${page}`];
+  const same = alias ?? LABELS.find((label) => names.includes(plain(label)));
+  if (same !== undefined || typed.length > 40) return same;
+  // A number that is off by a digit is another charset's: only swapped digits, or a single one, may be mistaken.
+  const digits = (label: string) => label.replace(/\D/g, "").split("").sort().join("");
+  const candidates = LABELS.filter((label) => digits(typed).length < 2 || digits(label) === digits(typed));
+  return nearest(typed.toLowerCase(), candidates.filter((label) => !label.startsWith("cs")), name.length / 3);
 }
 
 /**
@@ -2855,6 +3335,11 @@ function sniffByteOrderMark(bytes: Uint8Array): string | undefined {
   return undefined;
 }
 
+/** UTF-16 without a mark, by the zero bytes of its ASCII characters. */
+function sniffUtf16(_bytes: Uint8Array): "utf-16le" | "utf-16be" | undefined {
+  return undefined;
+}
+
 /** Percent-encoded text as bytes (URL §1.3); what is no escape stands for itself. */
 function percentDecode(text: string): Uint8Array<ArrayBuffer> {
   return latin1Bytes(text.replace(/%([0-9A-Fa-f]{2})/g, (_, hex) => String.fromCharCode(parseInt(hex, 16))));
@@ -3166,56 +3651,106 @@ function readings(text: string): Iterable<readonly [Uint8Array<ArrayBuffer>[], s
 }
 
 // ── Media types ──────────────────────────────────────────────────────────────────────────────────
-// What a thing is follows from the end of its name; what charset it may have, from what it is.
+// What a thing is follows from the end of its name, or from a look into it; what charset it may have, from what it is.
 
-const MEDIA_TYPES: ReadonlyMap<string, string> = new Map(
-  `text/html html htm shtml; text/plain txt text log conf ini; text/markdown md markdown; text/css css
-  text/csv csv; text/tab-separated-values tsv; text/calendar ics; text/vcard vcf; text/vtt vtt
-  text/x-c c h cc cpp hpp; text/x-python py; text/x-shellscript sh; text/x-diff diff patch; text/x-tex tex
-  text/javascript js mjs cjs; application/json json map; application/ld+json jsonld
-  application/manifest+json webmanifest; application/geo+json geojson; application/wasm wasm
-  application/xml xml xsl xsd; application/xhtml+xml xhtml xht; application/rss+xml rss
-  application/atom+xml atom; application/mathml+xml mathml; application/toml toml; application/yaml yaml yml
-  application/x-subrip srt; image/svg+xml svg; image/png png; image/jpeg jpg jpeg; image/gif gif
-  image/webp webp; image/avif avif; image/bmp bmp; image/tiff tif tiff; image/vnd.microsoft.icon ico
-  image/apng apng; image/jxl jxl; image/heic heic; audio/mpeg mp3; audio/ogg ogg oga opus; audio/wav wav
-  audio/flac flac; audio/mp4 m4a; audio/aac aac; audio/midi mid midi; audio/webm weba; video/mp4 mp4 m4v
-  video/webm webm; video/ogg ogv; video/quicktime mov; video/x-msvideo avi; video/x-matroska mkv
-  video/mpeg mpeg mpg; video/mp2t ts; application/vnd.apple.mpegurl m3u8; font/woff woff; font/woff2 woff2
-  font/ttf ttf; font/otf otf; font/collection ttc; application/pdf pdf; application/rtf rtf
-  application/epub+zip epub; application/zip zip; application/gzip gz tgz; application/x-bzip2 bz2
-  application/x-xz xz; application/zstd zst; application/x-tar tar; application/x-7z-compressed 7z
-  application/vnd.rar rar; application/java-archive jar; application/msword doc
-  application/vnd.ms-excel xls; application/vnd.ms-powerpoint ppt
-  application/vnd.openxmlformats-officedocument.wordprocessingml.document docx
-  application/vnd.openxmlformats-officedocument.spreadsheetml.sheet xlsx
-  application/vnd.openxmlformats-officedocument.presentationml.presentation pptx
-  application/vnd.oasis.opendocument.text odt; application/vnd.oasis.opendocument.spreadsheet ods
-  application/sql sql; application/x-sh csh`
-    .split(/[;\n]/).map((row) => row.trim().split(" "))
-    .flatMap(([type, ...extensions]) => extensions.map((extension) => [extension, type!] as const)),
+/** Media types, each with the extensions that mean it. Source code is text to be read. */
+const mediaTypes = lazily((): ReadonlyMap<string, string> =>
+  new Map(
+    `text/html html htm shtml; text/plain txt text log conf ini cfg md5 sha256 rst proto graphql lock properties
+    text/plain tsx jsx scss sass less rs go java kt rb php ps1 bat cmd vue svelte pl lua swift cs vb vbs asp sql.in
+    text/plain lrc ass ssa cue nfo diz reg inf po pot url desktop env smi utf8 asc bib cls sty tex.in
+    text/markdown md markdown; text/css css; text/csv csv; text/tab-separated-values tsv; text/calendar ics
+    text/vcard vcf; text/vtt vtt; text/wgsl wgsl; text/x-opml opml; text/x-c c h cc cpp hpp; text/x-python py
+    text/x-shellscript sh; text/x-diff diff patch; text/x-tex tex; text/javascript js mjs cjs
+    application/json json map; application/json5 json5; application/jsonc jsonc; application/x-ndjson jsonl ndjson
+    application/ld+json jsonld; application/x-ipynb+json ipynb; application/manifest+json webmanifest
+    application/geo+json geojson; model/gltf+json gltf; application/wasm wasm; application/toml toml
+    application/yaml yaml yml; application/xml xml xsl xsd plist; application/xhtml+xml xhtml xht
+    application/rss+xml rss; application/atom+xml atom; application/rdf+xml rdf; application/gpx+xml gpx
+    application/vnd.google-earth.kml+xml kml; application/dash+xml mpd; application/mathml+xml mathml
+    application/x-subrip srt; application/sql sql; application/x-sh csh; image/svg+xml svg svgz; image/png png
+    image/jpeg jpg jpeg jfif; image/gif gif; image/webp webp; image/avif avif; image/bmp bmp; image/tiff tif tiff
+    image/vnd.microsoft.icon ico cur; image/apng apng; image/jxl jxl; image/heic heic; audio/mpeg mp3
+    audio/ogg ogg oga opus; audio/wav wav; audio/flac flac; audio/mp4 m4a m4b; audio/aac aac; audio/midi mid midi
+    audio/webm weba; audio/x-matroska mka; audio/x-mpegurl m3u; video/mp4 mp4 m4v; video/iso.segment m4s
+    video/webm webm; video/ogg ogv; video/quicktime mov; video/x-msvideo avi; video/x-matroska mkv; video/3gpp 3gp
+    video/mpeg mpeg mpg; video/mp2t ts mts; application/vnd.apple.mpegurl m3u8; model/gltf-binary glb
+    model/vnd.usdz+zip usdz; font/woff woff; font/woff2 woff2; font/ttf ttf; font/otf otf; font/collection ttc
+    application/vnd.ms-fontobject eot; application/pdf pdf; application/rtf rtf; application/epub+zip epub
+    application/zip zip; application/gzip gz tgz; application/x-bzip2 bz2; application/x-xz xz; application/zstd zst
+    application/x-tar tar; application/x-7z-compressed 7z; application/vnd.rar rar; application/java-archive jar
+    application/vnd.android.package-archive apk; application/vnd.google-earth.kmz kmz; message/rfc822 eml mht mhtml
+    application/msword doc; application/vnd.ms-excel xls; application/vnd.ms-powerpoint ppt
+    application/vnd.openxmlformats-officedocument.wordprocessingml.document docx
+    application/vnd.openxmlformats-officedocument.spreadsheetml.sheet xlsx
+    application/vnd.openxmlformats-officedocument.presentationml.presentation pptx
+    application/vnd.oasis.opendocument.text odt; application/vnd.oasis.opendocument.spreadsheet ods
+    application/vnd.oasis.opendocument.presentation odp; application/x-sqlite3 sqlite sqlite3; application/octet-stream bin
+    application/octet-stream exe dll iso img dmg deb rpm msi data; application/x-shockwave-flash swf`
+      .split(/[;\n]/).map((row) => row.trim().split(" "))
+      .flatMap(([type, ...extensions]) => extensions.map((extension) => [`.${extension}`, type!] as const)),
+  )
 );
 
-/** Media type of a file, by its name. */
-function mediaTypeOf(name: string): string {
-  const extension = /\.([^.]+)$/.exec(name)?.[1]?.toLowerCase();
-  return (extension && MEDIA_TYPES.get(extension)) || "application/octet-stream";
+type Types = Readonly<Record<string, string>>;
+
+/** Media type that the end of a name means; those of `--type` come first. */
+function typeOfExtension(name: string, own: Types): string | undefined {
+  const extension = /\.[^.\/]+$/.exec(name)?.[0].toLowerCase();
+  if (extension === undefined) return undefined;
+  return (Object.hasOwn(own, extension) ? own[extension] : undefined) ?? mediaTypes().get(extension);
+}
+
+/** Compressed files that browsers load as what is in them; other `.gz` files are meant to stay compressed. */
+const LOADED_COMPRESSED = /\.(?:wasm|data|unityweb)\.gz$|\.svgz$/i;
+
+/** Media type of a file by its name, and its coding, if the name says that it is compressed. */
+function typeOfName(name: string, own: Types): { readonly type: string | undefined; readonly coding?: Coding } {
+  const coding = /\.br$/i.test(name) ? "br" : LOADED_COMPRESSED.test(name) ? "gzip" : undefined;
+  if (coding === undefined) return { type: typeOfExtension(name, own) };
+  return { type: typeOfExtension(name.replace(/\.(?:br|gz)$/i, ""), own) ?? "application/octet-stream", coding };
+}
+
+/** Media type of a file whose name does not say it, or says it of two kinds: `.ts` is MPEG only if that is in it. */
+function typeOfContent(type: string | undefined, sample: Uint8Array): string {
+  if (type !== undefined && (type !== "video/mp2t" || isTransportStream(sample))) return type;
+  return isText(sample) ? "text/plain" : "application/octet-stream";
+}
+
+/** ISO 13818-1 §2.4.3: packets of 188 bytes that begin with 47; in `.mts` each stands behind four more bytes. */
+function isTransportStream(sample: Uint8Array): boolean {
+  return [0, 4].some((ahead) => sample[ahead] === 0x47 && sample[ahead + 188 + ahead] === 0x47);
+}
+
+/** How much of a file tells whether it is text, in bytes. */
+const TEXT_SAMPLE = 4096;
+
+/** Whether these bytes are text in some charset: they have none of those that no text has (MIME Sniffing §7.2). */
+function isText(sample: Uint8Array): boolean {
+  const bytes = sample.subarray(0, TEXT_SAMPLE);
+  if (sniffByteOrderMark(bytes) !== undefined || sniffUtf16(bytes) !== undefined) return true;
+  return !bytes.some((byte) => byte < 0x20 && !(byte >= 0x09 && byte <= 0x0d) && byte !== 0x1b);
 }
 
 /** UTF-8 by definition (RFC 8259 §8.1, HTML, WebVTT, app manifests), or safest so: scripts. */
 const UTF8_TYPE =
-  /^(?:text\/(?:javascript|vtt|event-stream)|application\/(?:json|javascript|ecmascript|toml|yaml)|[^;]+\+json)$/;
+  /^(?:text\/(?:javascript|vtt|event-stream|wgsl)|application\/(?:json5?|jsonc|x-ndjson|javascript|ecmascript|toml|yaml)|[^;]+\+json)$/;
 /** Text that may be in any charset, and says in which. */
-const TEXT_TYPE = /^(?:text\/.*|application\/(?:xml|sql|x-subrip|x-sh)|[^;]+\+xml)$/;
+const TEXT_TYPE = /^(?:text\/.*|application\/(?:xml|sql|x-subrip|x-sh)|audio\/x-mpegurl|[^;]+\+xml)$/;
 /** Types whose Content-Type has no charset parameter by definition. */
-const UNLABELLED_TYPE = /json$|^text\/event-stream$|^application\/(?:toml|yaml)$/;
+const UNLABELLED_TYPE = /json[5c]?$|^text\/event-stream$|^application\/(?:toml|yaml)$/;
 const MARKUP_TYPE = /^text\/html$|xml$/;
+/** Types that are no text and yet become shorter. */
 const COMPRESSIBLE_TYPE =
-  /^(?:application\/(?:wasm|rtf)|font\/(?:ttf|otf|collection)|image\/(?:bmp|vnd\.microsoft\.icon)|audio\/midi)$/;
+  /^(?:application\/(?:wasm|rtf|vnd\.ms-fontobject)|font\/(?:ttf|otf|collection)|image\/(?:bmp|vnd\.microsoft\.icon)|audio\/midi|model\/gltf-binary|message\/rfc822)$/;
 
 /** Which charsets a type may be in: any, UTF-8 alone, or none, since it is no text. */
 function charsetRule(type: string): "any" | "utf-8" | "none" {
   return UTF8_TYPE.test(type) ? "utf-8" : TEXT_TYPE.test(type) ? "any" : "none";
+}
+
+function isCompressible(type: string): boolean {
+  return charsetRule(type) !== "none" || COMPRESSIBLE_TYPE.test(type);
 }
 
 /** The one place that makes a Content-Type. A `declare` of "none" claims nothing. */
@@ -3226,41 +3761,120 @@ function contentType(type: string, charset: string | undefined, declare: string 
   return claimed === undefined || claimed === "none" ? type : `${type};charset=${claimed}`;
 }
 
-/** Where a document declares its charset within itself, and the label there. */
-const DECLARATIONS: readonly (readonly [type: RegExp, declaration: RegExp])[] = [
-  [/^text\/html$/, /(?<before><meta\b[^>]*?\bcharset\s*=\s*["']?)(?<label>[^\s"'\/>;]+)/i],
-  [/xml$/, /^(?<before>\uFEFF?<\?xml\s[^>]*?\bencoding\s*=\s*["'])(?<label>[^\s"'>]+)/],
-  [/^text\/css$/, /^(?<before>\uFEFF?@charset ")(?<label>[^"]*)(?=";)/],
-];
-/** How far a declaration may be from the beginning, in bytes (HTML §13.2.3.2). */
-const DECLARATION_LIMIT = 1024;
-
-/** The place of the declaration for documents of that type; comments do not count. */
-function findDeclaration(text: string, type: string): RegExpExecArray | undefined {
-  const head = text.slice(0, DECLARATION_LIMIT).replace(/<!--.*?(?:-->|$)/gs, (comment) => " ".repeat(comment.length));
-  for (const [types, declaration] of DECLARATIONS) {
-    const match = types.test(type) ? declaration.exec(head) : null;
-    if (match !== null) return match;
-  }
-  return undefined;
+/** A place where a document says what charset it is in. */
+interface Declaration {
+  /** Where the label stands in the text, without quotes and white space around it. */
+  readonly start: number;
+  readonly end: number;
+  readonly label: string;
 }
 
-/** The encoding that a document declares within itself; undefined if none, or none that exists. */
+/** How much of a document is searched for declarations: bytes, or characters if it is decoded. */
+const DECLARATION_LIMIT = 64 * 1024;
+/** HTML §13.2.3.2: so far a `meta` counts wherever it stands; beyond, as in Blink and WebKit, only in the head. */
+const PRESCAN_SIZE = 1024;
+
+/** CSS Syntax §3.2: these bytes and no others. */
+const CSS_DECLARATION = /^(?:\uFEFF|\xEF\xBB\xBF)?@charset "(?<quoted>[^"\u0080-\uFFFF]*)"(?=;)/;
+/** XML §2.8; HTML §13.2.3.2, "get an XML encoding". */
+const XML_DECLARATION =
+  /^(?:\uFEFF|\xEF\xBB\xBF)?<\?xml(?=\s)[^>]*?\sencoding\s*=\s*(?<quote>["'])(?<quoted>[^\s"'>]+)\k<quote>/;
+/** HTML §13.2.5: a comment, a tag as far as its name, or what reads as a comment up to the next `>`. */
+const MARKUP = /<(?:!--(?:-?>|[^]*?(?:--!?>|$))|\/?(?<name>[a-z][^\t\n\f\r \/>]*)|[!?\/][^>]*)/gi;
+/** HTML §13.2.3.2, "get an attribute". A quote that is never closed takes all the rest. */
+const ATTRIBUTE =
+  /[\t\n\f\r \/]*(?<name>[^\t\n\f\r \/>][^\t\n\f\r \/>=]*)(?:[\t\n\f\r ]*=[\t\n\f\r ]*(?:(?<quote>["'])(?<quoted>[^]*?)(?:\k<quote>|$)|(?<bare>[^\t\n\f\r >"'][^\t\n\f\r >]*))?)?/gy;
+/** HTML §2.5.3, "extracting a character encoding from a meta element": the first `charset=`, whatever follows it. */
+const CONTENT_CHARSET =
+  /charset[\t\n\f\r ]*=[\t\n\f\r ]*(?:(?<quote>["'])(?<quoted>[^]*?)\k<quote>|(?<bare>[^\t\n\f\r ;"'][^\t\n\f\r ;]*))?/i;
+/** HTML §13.2.6.4.4, "in head", and `object`, which older pages have there. */
+const HEAD_TAG =
+  /^<(?:html|head|\/?(?:base|basefont|bgsound|link|meta|noframes|noscript|object|script|style|template|title))$/;
+/** HTML §13.2.6: elements whose content is text to a tokenizer. */
+const TEXT_TAG = /^<(?:iframe|noembed|noframes|plaintext|script|style|textarea|title|xmp)$/;
+
+const XHTML = "application/xhtml+xml";
+
+/** All places where a document declares its charset, those that count first before others; a label need not exist. */
+function findDeclarations(text: string, type: string): Declaration[] {
+  const head = text.slice(0, DECLARATION_LIMIT), isHtml = type === "text/html" || type === XHTML;
+  if (type === "text/css") return labelIn(CSS_DECLARATION.exec(head));
+  const xml = isHtml || type.endsWith("xml") ? labelIn(XML_DECLARATION.exec(head)) : [];
+  // HTML §13.2.3.2: an XML declaration counts in HTML, too, if no `meta` does.
+  return isHtml ? [...findMetaDeclarations(head), ...xml] : xml;
+}
+
+/** The encoding that a document declares within itself: the first that exists, if any. */
 function declaredEncoding(bytes: Uint8Array, type: string): string | undefined {
-  const label = findDeclaration(latin1(bytes.subarray(0, DECLARATION_LIMIT)), type)?.groups?.label;
-  if (label === undefined || !LABELS.includes(label.toLowerCase())) return undefined;
-  const encoding = encodingOf(label);
+  // HTML §4.2.5.4: in XHTML a `meta` declares nothing. It is only kept from lying when its page is converted.
+  const reading = type === XHTML ? "application/xml" : type;
+  const declarations = findDeclarations(latin1(bytes.subarray(0, DECLARATION_LIMIT)), reading);
+  const found = declarations.find(({ label }) => LABELS.includes(label.toLowerCase()));
+  const encoding = found && encodingOf(found.label);
   // HTML §13.2.3.2: whoever can read the declaration as ASCII is not reading UTF-16.
-  return encoding.startsWith("utf-16") ? "utf-8" : encoding === "x-user-defined" ? "windows-1252" : encoding;
+  return encoding?.startsWith("utf-16") ? "utf-8" : encoding === "x-user-defined" ? "windows-1252" : encoding;
 }
 
-/** A document after conversion: what it declares is now the truth. */
-function rewriteDeclaration(text: string, type: string, encoding: string): string {
-  const match = findDeclaration(text, type);
-  if (match === undefined) return text;
-  const { before, label } = match.groups as { before: string; label: string };
-  const at = match.index + before.length;
-  return text.slice(0, at) + encoding + text.slice(at + label.length);
+/** A document after conversion, or its first piece if it is long: whatever it declares is now the truth. */
+function rewriteDeclarations(text: string, type: string, encoding: string): string {
+  let rewritten = "", copied = 0;
+  for (const { start, end } of findDeclarations(text, type).sort((a, b) => a.start - b.start)) {
+    rewritten += text.slice(copied, start) + encoding;
+    copied = end;
+  }
+  return rewritten + text.slice(copied);
+}
+
+/** The label that a grammar found at its end, if it is not empty; `offset` is where the searched text begins. */
+function labelIn(match: RegExpExecArray | null, offset = 0): Declaration[] {
+  const { quoted, bare } = match?.groups ?? {}, value = quoted ?? bare ?? "", label = value.trim();
+  if (match === null || label === "") return [];
+  const end = offset + match.index + match[0].length - (quoted === undefined ? 0 : 1);
+  const start = end - value.length + value.indexOf(label);
+  return [{ start, end: start + label.length, label }];
+}
+
+/** What the `meta` elements of a page declare (HTML §13.2.3.2, "prescan a byte stream to determine its encoding"). */
+function findMetaDeclarations(page: string): Declaration[] {
+  const found: Declaration[] = [];
+  let inHead = true;
+  MARKUP.lastIndex = 0;
+  for (let markup; (markup = MARKUP.exec(page)) !== null && (inHead || markup.index < PRESCAN_SIZE);) {
+    if (markup.groups!.name === undefined) continue;
+    const tag = markup[0].toLowerCase(), attributes: RegExpExecArray[] = [];
+    let last = markup;
+    ATTRIBUTE.lastIndex = MARKUP.lastIndex;
+    for (last of page.matchAll(ATTRIBUTE)) if (tag === "<meta") attributes.push(last);
+    const end = page.indexOf(">", last.index + last[0].length);
+    if (end === -1) break; // The page ends within the tag: then it is none.
+    found.push(...declarationsOf(attributes));
+    inHead &&= HEAD_TAG.test(tag);
+    MARKUP.lastIndex = TEXT_TAG.test(tag) ? textEnd(page, tag.slice(1), end) : end;
+  }
+  return found;
+}
+
+/** What one `meta` element declares: `charset`, or `content` if `http-equiv` says that it is a Content-Type. */
+function declarationsOf(attributes: readonly RegExpExecArray[]): Declaration[] {
+  const values = (name: string) =>
+    attributes.filter(({ groups }) => groups!.name!.toLowerCase() === name).flatMap((match) => labelIn(match));
+  const contents = values("http-equiv")[0]?.label.toLowerCase() === "content-type" ? values("content") : [];
+  return [...values("charset"), ...contents.flatMap(({ start, label }) => labelIn(CONTENT_CHARSET.exec(label), start))];
+}
+
+/** Where the text of an element ends: at its end tag. */
+function textEnd(page: string, name: string, start: number): number {
+  const edges = new RegExp(`<!--(?!-?>)|-->|<(/?)${name}(?=[\\t\\n\\f\\r />])`, "gi");
+  edges.lastIndex = start;
+  // HTML §13.2.5.15 ff.: within what looks like a comment, a script may have `<script>…</script>` as text.
+  let depth = 0;
+  for (const { 0: edge, 1: slash, index } of page.matchAll(edges)) {
+    if (slash === undefined) depth = edge === "-->" ? 0 : depth || 1;
+    else if (slash === "") depth &&= 2;
+    else if (depth < 2 || name !== "script") return index;
+    else depth = 1;
+  }
+  return page.length;
 }
 
 // ── Pages ────────────────────────────────────────────────────────────────────────────────────────
@@ -3298,6 +3912,7 @@ function pageHtml(title: string, body: string): string {
 <html lang="en">
 <head>
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
 <title>${escapeMarkup(title)}</title>
 <style>${PAGE_STYLE}</style>
 </head>
@@ -3308,12 +3923,18 @@ ${body}
 `;
 }
 
+/** A small page that says one thing, and leads up from a path. */
+function noticeHtml(title: string, body: string, path: string): string {
+  const up = path === "" || path === "/" ? "" : `\n<nav><a href="${path.endsWith("/") ? "../" : "./"}">Up</a></nav>`;
+  return pageHtml(title, `<main><h1>${title}</h1>\n${body}${up}</main>`);
+}
+
 /** Most entries that one page of a listing shows. */
 const LISTING_PAGE = 1000;
 /** Entries that are looked at before others get their turn. */
 const LISTING_SLICE = 500;
 
-interface Entry {
+interface ListingEntry {
   readonly name: string;
   readonly isFolder: boolean;
   /** In bytes; 0 for a folder. */
@@ -3332,24 +3953,24 @@ interface ListingQuery {
 
 /** A folder as a page, or as JSON for those who prefer it (RFC 9110 §12.5.1). */
 async function listFolder(
-  server: HttpServer,
-  incoming: IncomingRequest,
+  exchange: Exchange,
   { path, segments }: Resource & { kind: "folder" },
 ): Promise<Answer> {
-  const { query } = incoming, sort = query.get("sort"), search = query.get("q") ?? "";
+  const { query, server } = exchange, site = server.site(), sort = query.get("sort"), search = query.get("q") ?? "";
   const asked: ListingQuery = {
     search,
     sort: sort === "size" || sort === "time" ? sort : "name",
     descending: query.has("desc"),
     page: numberParameter(query, "page", 1, 1_000_000) ?? 1,
   };
-  const listed = await orNothing(listNames(server, path, search));
+  if (server.settings.noListing) throw new HttpError(403, "This folder is not listed");
+  const listed = await listNames(server, path, search).catch(absence);
   if (listed === undefined) throw new HttpError(404, "Nothing is here any more");
-  const shown = await describeEntries(server.root!, path, listed, asked);
+  const shown = await describeEntries(server, site, path, listed, asked);
   // What is no file, or leads out of ROOT, is known only where it was looked at.
   const count = listed.names.length > LISTING_PAGE ? listed.names.length : shown.length;
   const headers = { Vary: "Accept", "Cache-Control": "no-cache", "Content-Security-Policy": PAGE_POLICY };
-  const accepted = parseAccept(incoming.header("accept") ?? "");
+  const accepted = parseAccept(exchange.header("accept") ?? "");
   if ((accepted.get("application/json") ?? 0) > (accepted.get("text/html") ?? 0)) {
     const list = shown.map(({ name, isFolder, size, time }) =>
       isFolder
@@ -3380,22 +4001,35 @@ async function listNames(server: HttpServer, path: string, search: string): Prom
 }
 
 /** The entries of one page. Only an order by size or time needs to look at all of them. */
-async function describeEntries(root: Root, path: string, listed: Listed, asked: ListingQuery): Promise<Entry[]> {
+async function describeEntries(
+  server: HttpServer,
+  site: Site,
+  path: string,
+  listed: Listed,
+  asked: ListingQuery,
+): Promise<ListingEntry[]> {
   const { sort, descending, page } = asked, { names, links } = listed, first = (page - 1) * LISTING_PAGE;
   const onPage = <T>(list: T[]) => (descending ? list.reverse() : list).slice(first, first + LISTING_PAGE);
-  const looked = sort === "name" ? onPage(names) : names, entries: Entry[] = [];
+  const looked = sort === "name" ? onPage(names) : names, entries: ListingEntry[] = [];
   for (const [i, name] of looked.entries()) {
     if (i % LISTING_SLICE === LISTING_SLICE - 1) await new Promise((resolve) => setTimeout(resolve));
-    const entry = describeEntry(root, path + SEPARATOR + name, name, links.has(name));
+    const entry = describeEntry(server, site, pathBelow({ ...site, path }, name), name, links.has(name));
     if (entry !== undefined) entries.push(entry);
   }
   return sort === "name" ? entries : onPage(entries.sort((a, b) => a[sort] - b[sort]));
 }
 
 /** A file or folder of a listing; undefined for what is neither, is gone, or lies outside ROOT. */
-function describeEntry(root: Root, path: string, name: string, isLink: boolean): Entry | undefined {
+function describeEntry(
+  server: HttpServer,
+  site: Site,
+  path: string,
+  name: string,
+  isLink: boolean,
+): ListingEntry | undefined {
   try {
-    if (isLink && !isInside(root, Deno.realPathSync(path))) return undefined;
+    const real = isLink ? Deno.realPathSync(path) : path;
+    if (isLink && (!isInside(server, site, real) || isHidden(server, namesBelow(site, real)))) return undefined;
     const { isFile, isDirectory, size, mtime } = Deno.statSync(path);
     if (!isFile && !isDirectory) return undefined;
     return { name, isFolder: isDirectory, size: isDirectory ? 0 : size, time: mtime?.getTime() ?? 0 };
@@ -3406,7 +4040,7 @@ function describeEntry(root: Root, path: string, name: string, isLink: boolean):
 
 function listingHtml(
   segments: readonly string[],
-  entries: readonly Entry[],
+  entries: readonly ListingEntry[],
   count: number,
   { search, sort, descending, page }: ListingQuery,
   charset: string | null,
@@ -3523,12 +4157,16 @@ const SHOWN_CHARACTERS = 48;
 function labPage(incoming: Incoming): Answer {
   const { query, charset } = incoming, declare = readParameter(query, "declare", label);
   const text = query.get("text") ?? sampleOf(charset).split(" / ")[1] ?? "Hello";
+  async function* body() {
+    const { headText: requestHead, responseHead = "" } = incoming;
+    yield await Promise.resolve(encode(labHtml({ text, charset, declare, requestHead, responseHead }), charset));
+  }
   return {
     type: "text/html",
     charset,
     ...(declare && { declare }),
     headers: { "Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-store" },
-    body: (head) => labHtml({ text, charset, declare, requestHead: incoming.headText, responseHead: head }),
+    body: body(),
   };
 }
 
@@ -3903,20 +4541,26 @@ export class HttpError extends Error {
     super(message, options);
     this.name = "HttpError";
     this.status = status;
-    this.fields = fields;
+    this.fields = fields.map(([name, value]) => checkField(name, value));
   }
 }
 
 /** A request that cannot be told from the next one: answered, and the connection closed. */
 class FramingError extends HttpError {}
 
-function messageOf(error: unknown): string {
+function describe(error: unknown): string {
   return error instanceof Error ? `${error.name}: ${error.message}` : String(error);
 }
 
 /** RFC 9110 §5.6.7: `toUTCString` happens to be the IMF-fixdate that HTTP wants. */
 function formatDate(time: number): string {
   return new Date(time).toUTCString();
+}
+
+/** A field that is one line, whatever a handler put into it (RFC 9110 §5.5: response splitting). */
+function checkField(name: string, value: string): Field {
+  if (TOKEN.test(name) && /^[\t\x20-\x7e\x80-\xff]*$/.test(value)) return [name, value];
+  throw new TypeError(`Cannot send field "${name}": "${value}"`);
 }
 
 const MONTHS = "JanFebMarAprMayJunJulAugSepOctNovDec";
@@ -4044,6 +4688,22 @@ function concat(parts: readonly Uint8Array[]): Uint8Array<ArrayBuffer> {
   return whole;
 }
 
+/** Most results that `remembered` keeps. */
+const REMEMBERED = 256;
+
+/** The same function, which remembers its last results: for what few clients say differently. */
+function remembered<A, T>(make: (argument: A) => T): (argument: A) => T {
+  const made = new Map<A, T>();
+  return (argument) => {
+    const known = made.get(argument);
+    if (known !== undefined) return known;
+    if (made.size >= REMEMBERED) made.clear();
+    const result = make(argument);
+    made.set(argument, result);
+    return result;
+  };
+}
+
 /** Makes a value when it is first asked for. */
 function lazily<T>(make: () => T): () => T {
   let made: { readonly value: T } | undefined;
@@ -4076,24 +4736,27 @@ class Log {
     this.#write = write ?? writeStandardError;
   }
 
-  /** A line of the Common Log Format, and the charset; how many characters were lost, if any were. */
-  access(
-    remote: string,
-    head: RequestHead | undefined,
-    { status, content, charset, lost }: Message,
-    sent = content.length,
-  ): void {
-    if (this.#form === "none") return;
-    const bytes = head?.method === "HEAD" || !sent ? "-" : sent, loss = lost ? ` lost=${lost}` : "";
-    this.append(
-      `${remote} - - [${this.#stamp()}] "${head?.line ?? "-"}" ${status} ${bytes} "${charset ?? "-"}"${loss}\n`,
-    );
+  /** A request's head as it came, line by line behind the number of its connection. */
+  request(connection: number, text: string): void {
+    if (this.#form === "wire") this.append(wireLines(connection, ">", text));
   }
 
-  /** A head as it crossed the wire: `<` came in, `>` went out. */
-  wire(head: string, direction: "<" | ">"): void {
-    if (this.#form !== "wire") return;
-    this.append(head.split("\r\n").slice(0, -1).map((line) => `${direction} ${escapeWire(line)}\n`).join(""));
+  /**
+   * A response: a line of the Common or the Combined Log Format, the charset, and how many characters were lost, if
+   * any were. Its head, as it went, stands before it if that is wanted.
+   */
+  response(exchange: Exchange, message: Message, head: () => string, sent: number): void {
+    if (this.#form === "none") return;
+    const { status, charset, lost, note } = message, bytes = exchange.method === "HEAD" || sent === 0 ? "-" : sent;
+    if (this.#form === "wire") this.append(wireLines(exchange.number, "<", head()));
+    const quoted = (name: string) => ` "${escapeWire(exchange.header(name) ?? "-").replace(/["\\]/g, "\\$&")}"`;
+    const agent = this.#form === "combined" ? quoted("referer") + quoted("user-agent") : "";
+    const rest = (lost ? ` lost=${lost}` : "") + (note === undefined ? "" : ` reason="${escapeControls(note)}"`);
+    this.append(
+      `${exchange.remote} - ${exchange.user} [${this.#stamp()}] "${exchange.line}" ${status} ${bytes}${agent} "${
+        charset ?? "-"
+      }"${rest}\n`,
+    );
   }
 
   /** Something that whoever runs the server should know. */
@@ -4145,6 +4808,14 @@ class Log {
   }
 }
 
+/** A head, a line each: `>` from the client, `<` to it. What a client proves itself with is nobody else's business. */
+function wireLines(connection: number, direction: string, head: string): string {
+  return head.split("\r\n").slice(0, -1).map((line) => {
+    const shown = line.replace(/^((?:proxy-)?authorization:).*/i, "$1 ***");
+    return `[${connection}] ${direction} ${escapeWire(shown)}\n`;
+  }).join("");
+}
+
 async function writeStandardError(lines: string): Promise<void> {
   const bytes = UTF8_ENCODER.encode(lines);
   for (let sent = 0; sent < bytes.length;) sent += await Deno.stderr.write(bytes.subarray(sent));
@@ -4186,7 +4857,7 @@ async function startWorkers(options: ServeOptions, count: number): Promise<Serve
         event.preventDefault();
         ended(worker);
         log.line(`a worker died: ${event.message}`);
-        const replace = () => draining || start(port).catch((error) => log.line(messageOf(error)));
+        const replace = () => draining || start(port).catch((error) => log.line(describe(error)));
         setTimeout(replace, RESTART_DELAY);
       };
       worker.postMessage({ ...options, port });
@@ -4443,12 +5114,18 @@ async function readCredentials(path: string): Promise<readonly string[]> {
 /** `, did you mean X?` for the candidate with the least edit distance, if one is near. */
 function didYouMean(typed: string, candidates: readonly string[]): string {
   if (typed.length > 40) return ""; // Nobody means that, and comparing it would take long.
-  let best = "", least = Math.floor(typed.length / 3);
+  const near = nearest(typed.toLowerCase(), candidates, Math.floor(typed.length / 3));
+  return near === undefined ? "" : `, did you mean ${near}?`;
+}
+
+/** The candidate that the fewest edits lead to, if they are no more than `most`. */
+function nearest(typed: string, candidates: readonly string[], most: number): string | undefined {
+  let best: string | undefined, least = most;
   for (const candidate of candidates) {
-    const distance = editDistance(typed.toLowerCase(), candidate);
-    if (distance <= least && (distance < least || best === "")) [best, least] = [candidate, distance];
+    const distance = editDistance(typed, candidate);
+    if (distance <= least && (distance < least || best === undefined)) [best, least] = [candidate, distance];
   }
-  return best && `, did you mean ${best}?`;
+  return best;
 }
 
 /** Insertions, removals, replacements and swaps of neighbours that make `a` into `b`. */
