@@ -478,8 +478,8 @@ async function serveConnection(server: HttpServer, connection: Connection): Prom
       }
       const message = exchange.answer();
       if (message instanceof Promise) {
-        await connection.flush();
         connection.wait("handler");
+        await connection.flush();
         await exchange.send(await message);
       } // Answers that are ready leave together: one write for all the requests of one read.
       else if (connection.push(exchange.compose(message)) > READY_LIMIT) await connection.flush();
@@ -1317,8 +1317,8 @@ class Exchange implements Incoming {
 
   /** The request line, safe to log. */
   get line(): string {
-    const { text } = this.head, line = text.slice(0, Math.max(0, text.indexOf("\r\n")));
-    return escapeWire(line.replace(/["\\]/g, "\\$&")) || "-";
+    if (this.#refusal !== undefined) return "-";
+    return escapeWire(this.headText.slice(0, this.headText.indexOf("\r\n")).replace(/["\\]/g, "\\$&"));
   }
 
   get method(): string {
@@ -2415,12 +2415,12 @@ const LOOKS = 40;
  * thing? Which of the two is asked is left to chance each time, so that no rhythm of swaps can suit all of them.
  */
 function isReached(path: string, isIt: (info: Deno.FileInfo) => boolean): boolean {
-  const folder = parentOf(path);
-  for (let i = 0; i < LOOKS; i++) {
-    const info = Math.random() < 0.5 ? undefined : statOf(path);
-    if (info === undefined ? orNothing(() => Deno.realPathSync(folder)) !== folder : !isIt(info)) return false;
-  }
-  return true;
+  const isFree = () => orNothing(() => Deno.realPathSync(path)) === path;
+  const leadsThere = () => {
+    const info = statOf(path);
+    return info !== undefined && isIt(info);
+  };
+  return Array.from({ length: LOOKS }).every(() => Math.random() < 0.5 ? isFree() : leadsThere());
 }
 
 /** A file that is too large to be kept. */

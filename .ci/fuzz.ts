@@ -243,7 +243,7 @@ function readAnswer(wire: string, at: number, asked: Partial<Asked>, ended: bool
     status !== 206 || fields.has("content-range") || /^multipart/.test(fields.get("content-type")!),
     "206 of what?",
   );
-  insist(place === undefined || /^\/(?![/\\])[!-~]*$/.test(place), `Location ${place}`);
+  insist(place === undefined || /^\.\/[^\/\\?]+\/(?:\?[!-~]*)?$/.test(place), `Location ${place}`);
   insist(length === undefined || coding === undefined && /^\d+$/.test(length), "Content-Length");
   insist(coding === undefined || coding === "chunked" && asked.minor !== 0, `Transfer-Encoding ${coding}`);
   insist(status !== 500, "500");
