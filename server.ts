@@ -1287,7 +1287,9 @@ class Exchange implements Incoming {
         for (let piece = await first; !piece.done; piece = await pieces.next()) {
           if (piece.value.length === 0) continue;
           isMidway = true;
-          await connection.write(framePiece(before, piece.value, isChunked));
+          await connection.write(
+            framePiece(before, piece.value, isChunked ? content.chunkSize ?? piece.value.length : undefined),
+          );
           before = NO_BYTES;
           sent += piece.value.length;
         }
@@ -1915,6 +1917,8 @@ export interface Answer {
   readonly declare?: string;
   /** What to write for characters that the charset lacks. */
   readonly unmappable?: Unmappable | "auto";
+  /** Sends bytes in chunks of this size (RFC 9112 §7.1), whatever characters they cut. */
+  readonly chunkSize?: number;
 }
 
 /** Content that is made piece by piece: each piece is good until the next is asked for. */
@@ -1923,6 +1927,8 @@ interface Stream {
   readonly length: number | undefined;
   /** Its pieces may be long in coming: the head does not wait for the first. */
   readonly isLive?: boolean;
+  /** Size of the chunks that it is sent in, in bytes; without it, each piece is a chunk. */
+  readonly chunkSize?: number;
   /** Called when it will not be read. */
   readonly cancel?: () => unknown;
   /** Yields the bytes from `start` up to, not including, `end`. */
@@ -2020,7 +2026,10 @@ function representContent(exchange: Exchange, content: Content): Message | Promi
   const charset = answer.charset && encodingOf(answer.charset);
   const declare = answer.declare ?? exchange.server.settings.declare;
   fields.push(checkField("Content-Type", named ?? contentType(type, charset, declare)));
-  return withContent({ status, fields, charset }, body instanceof Uint8Array ? body : streamOf(body));
+  if (!(body instanceof Uint8Array)) return { status, fields, charset, content: streamOf(body) };
+  const { chunkSize } = answer;
+  if (chunkSize === undefined) return { status, fields, charset, content: body };
+  return { status, fields, charset, content: { length: undefined, chunkSize, read: () => inPieces(body, chunkSize) } };
 }
 
 function defaultType(body: Answer["body"]): string {
@@ -2078,6 +2087,15 @@ function errorMessage({ server, head }: Exchange, error: unknown): WholeMessage 
     charset,
     ...(error instanceof FramingError && { note: message }),
   };
+}
+
+/** Most bytes of content that chunks are made of at once. */
+const CHUNKED_AT_ONCE = 16 * 1024;
+
+/** Bytes in pieces that chunks of one size fill. */
+async function* inPieces(bytes: Uint8Array, size: number): AsyncGenerator<Uint8Array> {
+  const step = Math.max(1, Math.trunc(CHUNKED_AT_ONCE / size)) * size;
+  for (let at = 0; at < bytes.length; at += step) yield await Promise.resolve(bytes.subarray(at, at + step));
 }
 
 /** A stream that a handler gave: it may be endless, and is told when nobody wants it. */
@@ -2857,10 +2875,17 @@ function headOf(bytes: Uint8Array): string {
   return text.slice(0, text.indexOf("\r\n\r\n") + 4);
 }
 
-/** A piece of content with what stands before it, as a chunk if it is to be one (RFC 9112 §7.1). */
-function framePiece(before: Uint8Array, piece: Uint8Array, isChunk: boolean): Uint8Array {
-  if (isChunk) return concat([before, latin1Bytes(`${piece.length.toString(16)}\r\n`), piece, CRLF]);
-  return before.length === 0 ? piece : concat([before, piece]);
+/** A piece of content with what stands before it; as chunks, if a size is given (RFC 9112 §7.1). */
+function framePiece(before: Uint8Array, piece: Uint8Array, chunkSize: number | undefined): Uint8Array {
+  if (chunkSize === undefined) return before.length === 0 ? piece : concat([before, piece]);
+  const parts = [before];
+  let head: Uint8Array = NO_BYTES, length = 0;
+  for (let at = 0; at < piece.length; at += chunkSize) {
+    const chunk = piece.subarray(at, at + chunkSize);
+    if (chunk.length !== length) head = latin1Bytes(`${(length = chunk.length).toString(16)}\r\n`);
+    parts.push(head, chunk, CRLF);
+  }
+  return concat(parts);
 }
 
 const CRLF = new TextEncoder().encode("\r\n"), LAST_CHUNK = new TextEncoder().encode("0\r\n\r\n");
@@ -2904,12 +2929,21 @@ const LABELS = `
   iso-10646-ucs-2 ucs-2 unicode unicodefeff utf-16 utf-16le x-user-defined`.trim().split(/\s+/);
 
 /** The encodings' names (lower case) with all their labels. */
-const encodings = lazily((): ReadonlyMap<string, readonly string[]> => Map.groupBy(LABELS, encodingOf));
+const encodings = lazily((): ReadonlyMap<string, readonly string[]> =>
+  Map.groupBy(LABELS, (label) => encodingOf(label))
+);
+
+/** Names that labels were found to stand for. */
+const NAMES = new Map<string, string>();
 
 /** Name of the encoding that a label stands for (Encoding §4.2); `RangeError` if it stands for none. */
 function encodingOf(label: string): string {
+  const known = NAMES.get(label);
+  if (known !== undefined) return known;
   try {
-    return new TextDecoder(label).encoding;
+    const { encoding } = new TextDecoder(label);
+    if (LABELS.includes(label)) NAMES.set(label, encoding);
+    return encoding;
   } catch {
     const near = suggestLabel(label), meant = near === undefined ? "" : `, did you mean ${encodingOf(near)}?`;
     throw new RangeError(
@@ -2956,7 +2990,7 @@ function suggestLabel(typed: string): string | undefined {
  * @param label Any label of the Encoding Standard, in any case: `gbk`, `gb2312`, `Shift_JIS`, …
  * @param mode What becomes of a character that the charset lacks: `html` writes its character
  * reference (`&#N;`), `replacement` a question mark, `fatal` throws.
- * @returns The bytes.
+ * @returns The bytes: those of a short text are a part of a larger buffer.
  * @throws {RangeError} The label is unknown, or belongs to the "replacement" encoding.
  * @throws {TypeError} In mode `fatal`, naming the first character that the charset lacks.
  */
@@ -2994,7 +3028,7 @@ class Writer {
 
   constructor(readonly encoding: string, readonly mode: Unmappable, characters: number) {
     // Two bytes a UTF-16 code unit are enough for all but `&#N;` and four-byte sequences.
-    this.bytes = new Uint8Array(characters * (isMultiByte(encoding) ? 2 : 1) + 16);
+    this.bytes = allocate(characters * (isMultiByte(encoding) ? 2 : 1) + 16);
   }
 
   /** Makes room for `count` bytes and `units` code units that may follow. */
@@ -3021,8 +3055,8 @@ class Writer {
 
 /** What a charset can write: the bytes of each character, as one number with the first byte highest. */
 interface Repertoire {
-  /** By UTF-16 code unit: one byte, two bytes, or 0 if the charset lacks it. */
-  readonly units: Uint16Array;
+  /** By UTF-16 code unit: one byte, or two where there are pairs; 0 if the charset lacks it. */
+  readonly units: Uint8Array | Uint16Array;
   /** Two bytes by code point, above U+FFFF. */
   readonly astral?: ReadonlyMap<number, number>;
   /** gb18030's four-byte pointers, plus one, by code unit. */
@@ -3031,18 +3065,32 @@ interface Repertoire {
 
 /** Every charset whose bytes are looked up: ASCII, then a table (Encoding §9.2, §10, §11, §12, §14). */
 function writeTable(text: string, repertoire: Repertoire, writer: Writer): void {
-  const units = unitsOf(text);
-  for (let at = 0; (at = writeKnown(units, at, repertoire.units, writer)) < units.length; at++) {
+  const { units } = repertoire, writeKnown = units instanceof Uint8Array ? writeSingles : writePairs;
+  for (let at = 0; (at = writeKnown(text, at, units, writer)) < text.length; at++) {
     if (writeRare(text, at, repertoire, writer)) at++;
   }
 }
 
-/** Writes units as long as the table has them; this loop is what encoding costs. Returns where it stopped. */
-function writeKnown(units: Uint16Array, at: number, table: Uint16Array, writer: Writer): number {
+// These two loops are what encoding costs. They know nothing of what is rare, so that they stay fast whatever came
+// before. Each returns where it met a unit that its table lacks.
+
+function writeSingles(text: string, at: number, table: Uint8Array | Uint16Array, writer: Writer): number {
+  const { bytes } = writer, end = text.length;
+  let { length } = writer;
+  for (; at < end; at++) {
+    const unit = text.charCodeAt(at), code = table[unit]!;
+    if (code === 0 && unit !== 0) break;
+    bytes[length++] = code;
+  }
+  writer.length = length;
+  return at;
+}
+
+function writePairs(text: string, at: number, table: Uint8Array | Uint16Array, writer: Writer): number {
   const { bytes } = writer;
   let { length } = writer;
-  for (; at < units.length; at++) {
-    const unit = units[at]!, code = table[unit]!;
+  for (; at < text.length; at++) {
+    const unit = text.charCodeAt(at), code = table[unit]!;
     if (code === 0 && unit !== 0) break;
     // One byte or two, without a branch: in mixed text, nothing could predict it.
     const wide = (0xff - code) >>> 31;
@@ -3052,43 +3100,6 @@ function writeKnown(units: Uint16Array, at: number, table: Uint16Array, writer: 
   }
   writer.length = length;
   return at;
-}
-
-/** The part of Node's `process` that Deno has too, and that is used here. */
-interface NodeProcess {
-  getBuiltinModule(name: "node:v8"): { serialize(value: string): Uint8Array<ArrayBuffer> };
-}
-
-/** V8's serializer; had when it is first needed, since importing it would cost every start several milliseconds. */
-const serializer = lazily(() =>
-  (globalThis as unknown as { process: NodeProcess }).process.getBuiltinModule("node:v8")
-);
-
-/** From this length on, a text's units are had faster through V8's serializer, in UTF-16 code units. */
-const SERIALIZED_LENGTH = 2048;
-
-/**
- * The UTF-16 code units of a text. `charCodeAt` takes longer than all the rest of an encoder, while V8's
- * serializer copies a long string in one go: a few bytes of its own, then the string, one byte a unit if all
- * fit, else two. What it writes is checked, since its form may change.
- */
-function unitsOf(text: string): Uint16Array {
-  const { length } = text;
-  if (length >= SERIALIZED_LENGTH) {
-    const { buffer, byteOffset, byteLength } = serializer().serialize(text), end = byteOffset + byteLength;
-    const start = end - length * (byteLength < length * 2 ? 1 : 2);
-    const isAligned = start % 2 === 0;
-    const units = byteLength < length * 2
-      ? new Uint16Array(new Uint8Array(buffer, start, length))
-      : isAligned
-      ? new Uint16Array(buffer, start, length)
-      : new Uint16Array(buffer.slice(start, end));
-    const sound = (at: number) => units[at] === text.charCodeAt(at);
-    if (sound(0) && sound(length >> 1) && sound(length - 1)) return units;
-  }
-  const units = new Uint16Array(length);
-  for (let i = 0; i < length; i++) units[i] = text.charCodeAt(i);
-  return units;
 }
 
 /** Writes what the table of units lacks. Returns whether it took two units. */
@@ -3166,7 +3177,7 @@ function encodeUtf16(text: string, bigEndian: boolean): Uint8Array<ArrayBuffer> 
   return bytes;
 }
 
-/** The tables made so far: 128 KiB each, on first use. */
+/** The tables made so far, on first use: 64 KiB for single bytes, 128 for pairs. */
 const REPERTOIRES = new Map<string, Repertoire>();
 
 function repertoireOf(encoding: string): Repertoire {
@@ -3197,7 +3208,7 @@ function range(first: number, last: number): number[] {
 
 /** Encoding §9.2: one byte a character. */
 function singleByteRepertoire(encoding: string): Repertoire {
-  const units = new Uint16Array(0x10000);
+  const units = new Uint8Array(0x10000);
   const text = new TextDecoder(encoding).decode(Uint8Array.from(range(0x80, 0xff)));
   for (let i = 0; i < 0x80; i++) units[text.charCodeAt(i)] = 0x80 + i;
   units[0xfffd] = 0;
@@ -4398,7 +4409,7 @@ async function textFixture(incoming: Incoming): Promise<Answer> {
   const { query, charset } = incoming, get = (name: string) => query.get(name) || undefined;
   const text = incoming.method === "POST" ? await incoming.text() : get("text") ?? "";
   const type = readParameter(query, "type", mediaType) ?? "text/plain";
-  const pieceSize = numberParameter(query, "chunk", 1, 65536), delay = numberParameter(query, "delay", 0, 10_000);
+  const chunkSize = numberParameter(query, "chunk", 1, 65536), delay = numberParameter(query, "delay", 0, 10_000);
   const mode = readParameter(query, "unmappable", oneOf("auto", "html", "replacement", "fatal")) ?? "auto";
   const declare = readParameter(query, "declare", label), meta = readParameter(query, "meta", label);
   const mark = query.has("bom") ? byteOrderMark(get("bom") ?? "1", charset) : NO_BYTES;
@@ -4409,15 +4420,11 @@ async function textFixture(incoming: Incoming): Promise<Answer> {
     status: numberParameter(query, "status", 200, 599) ?? 200,
     type,
     charset,
-    body: pieceSize === undefined ? body : inPieces(body, pieceSize),
+    body,
+    ...(chunkSize !== undefined && { chunkSize }),
     ...(declare && { declare }),
     headers: { "Content-Security-Policy": "sandbox; " + PAGE_POLICY, Vary: "Accept-Charset" },
   };
-}
-
-/** Bytes in pieces of one size: each becomes a chunk (RFC 9112 §7.1), whatever characters it cuts. */
-async function* inPieces(bytes: Uint8Array, size: number): AsyncGenerator<Uint8Array> {
-  for (let at = 0; at < bytes.length; at += size) yield await Promise.resolve(bytes.subarray(at, at + size));
 }
 
 /** `bom=1`: the mark of the text's own charset; `bom=utf-16le`: that of another. */
