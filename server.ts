@@ -144,6 +144,8 @@ export interface Server extends AsyncDisposable {
   readonly addr: Deno.Addr;
   /** Resolves when the last connection is closed. */
   readonly finished: Promise<void>;
+  /** How many requests are being answered. */
+  readonly pending: number;
   /**
    * Stops accepting, lets answers under way finish (10 s at most), closes what is idle. Resolves when all is done.
    * @param grace For how long, in milliseconds, idle connections stay open: a request that comes on one is still
@@ -301,14 +303,26 @@ class HttpServer implements Server {
     });
   }
 
+  get pending(): number {
+    return [...this.#connections].filter(({ isIdle }) => !isIdle).length;
+  }
+
   /** One look at all connections: whose time is up? */
   #sweep(): void {
     const now = this.#clock.now = performance.now();
+    if (now > this.#drainDeadline) return this.#cutOff();
     for (const connection of this.#connections) {
       if (now > connection.deadline) connection.expire();
-      else if (now > this.#drainDeadline) connection[Symbol.dispose]();
-      else if (now > this.#idleDeadline) connection.closeIfIdle();
+      else if (now > this.#idleDeadline && connection.isIdle) connection[Symbol.dispose]();
     }
+  }
+
+  /** Ends what takes too long to end. */
+  #cutOff(): void {
+    const { pending } = this;
+    if (pending > 0) this.log.line(`stopped with ${pending} ${pending === 1 ? "answer" : "answers"} unfinished`);
+    for (const connection of this.#connections) connection[Symbol.dispose]();
+    this.#drainDeadline = Infinity;
   }
 
   shutdown(grace: number = 0): Promise<void> {
@@ -323,7 +337,7 @@ class HttpServer implements Server {
     this.#idleDeadline = performance.now() + grace;
     this.#listener.close();
     this.#backoff?.resolve();
-    if (grace === 0) { for (const connection of this.#connections) connection.closeIfIdle(); }
+    for (const connection of grace === 0 ? this.#connections : []) if (connection.isIdle) connection[Symbol.dispose]();
     if (this.#connections.size === 0) this.#drained.resolve();
   }
 
@@ -677,9 +691,9 @@ class Connection implements Disposable {
     this.#interrupt(new FramingError(408, "The request did not arrive in time"));
   }
 
-  /** Ends a connection that has nothing to say: idle, at a server's end. */
-  closeIfIdle(): void {
-    if (this.#waiting === "request") this[Symbol.dispose]();
+  /** Whether no request is under way. */
+  get isIdle(): boolean {
+    return this.#waiting === "request";
   }
 
   /**
@@ -1639,7 +1653,7 @@ interface Found {
 }
 
 /** What a place is thought to cost besides the responses that are kept with it, in bytes. */
-const PLACE_SIZE = 1024;
+const PLACE_SIZE = 4096;
 /** Longest that something is believed without another look, in milliseconds. */
 const LONGEST_LIFETIME = 100;
 /** What is believed so much of the time since it last changed: RFC 9111 §4.2.2 calls that heuristic freshness. */
@@ -1676,7 +1690,7 @@ function placeOf(server: HttpServer, key: string, find: (site: Site, evidence: E
   if (place === undefined || !isBelieved(place.evidence, now) && !isStillTrue(server, site, place.evidence, now)) {
     const evidence: Evidence = { key, looks: [], looked: now, lifetime: LONGEST_LIFETIME };
     place = { resource: find(site, evidence), evidence };
-    site.places.set(key, place, PLACE_SIZE);
+    site.places.set(copyOf(key), place, PLACE_SIZE);
   }
   return place.resource;
 }
@@ -4706,9 +4720,14 @@ function remembered<A, T>(make: (argument: A) => T): (argument: A) => T {
     if (known !== undefined) return known;
     if (made.size >= REMEMBERED) made.clear();
     const result = make(argument);
-    made.set(argument, result);
+    made.set(typeof argument === "string" ? copyOf(argument) as A & string : argument, result);
     return result;
   };
+}
+
+/** A text that keeps nothing else in memory: a part of another one would keep that. */
+function copyOf(text: string): string {
+  return UTF8_DECODER.decode(UTF8_ENCODER.encode(text));
 }
 
 /** Makes a value when it is first asked for. */
@@ -4878,7 +4897,7 @@ async function startWorkers(options: ServeOptions, count: number): Promise<Serve
     for (const worker of workers) worker.postMessage({ stop: grace });
     return finished;
   };
-  return { addr, finished, shutdown, [Symbol.asyncDispose]: () => shutdown() };
+  return { addr, finished, pending: 0, shutdown, [Symbol.asyncDispose]: () => shutdown() };
 }
 
 /** The other side: a thread that serves until it is told to stop. */
@@ -5409,6 +5428,10 @@ function stopOnSignal(server: Server): void {
       if (asked) Deno.exit(signal === "SIGTERM" ? 143 : 130);
       asked = true;
       void server.shutdown(signal === "SIGTERM" ? IDLE_GRACE : 0);
+      const { pending } = server, answers = pending === 1 ? "1 answer" : `${pending} answers`;
+      if (signal === "SIGINT" && pending > 0) {
+        console.error(`charserve: waiting for ${answers}, Ctrl-C again stops now`);
+      }
     });
   }
 }
