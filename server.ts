@@ -179,6 +179,7 @@ class HttpServer implements Server {
   readonly #listener: Deno.Listener;
   readonly #connections = new Set<Connection>();
   readonly #clock: Clock;
+  readonly #line = new Line();
   /** Whether a request names this server (RFC 9110 §7.4): a page elsewhere must not reach us by a name that it controls. */
   readonly answersTo: (authority: string) => boolean;
   readonly #sweeper: ReturnType<typeof setInterval>;
@@ -285,15 +286,17 @@ class HttpServer implements Server {
     const number = ++this.#accepted;
     // So many were refused, and still linger, that not even that can be said.
     if (this.#connections.size >= 2 * this.settings.maxConnections) return conn.close();
-    const connection = openConnection(conn, this.#clock, number);
+    const connection = openConnection(conn, this.#clock, this.#line, number);
     if (connection === undefined) return;
     const isFull = this.#connections.size + this.#held >= this.settings.maxConnections;
     this.#connections.add(connection);
+    this.#line.connections++;
     const served = isFull ? refuseConnection(this, connection) : serveConnection(this, connection);
     const handshake = "handshake" in conn ? (conn as Deno.TlsConn).handshake() : undefined;
     handshake?.catch(() => {}); // Reading finds out.
     served.finally(() => {
       this.#connections.delete(connection);
+      this.#line.connections--;
       if (this.draining && this.#connections.size === 0) this.#drained.resolve();
       if (handshake === undefined) return;
       // Deno closes a TLS connection only when its handshake has ended, however: until then, it counts.
@@ -436,9 +439,9 @@ function addedFields(own: readonly Field[], users: readonly Field[]): AddedField
 }
 
 /** A connection; undefined if its client is gone already. */
-function openConnection(conn: Deno.Conn, clock: Clock, number: number): Connection | undefined {
+function openConnection(conn: Deno.Conn, clock: Clock, line: Line, number: number): Connection | undefined {
   try {
-    return new Connection(conn, clock, number);
+    return new Connection(conn, clock, line, number);
   } catch {
     conn.close();
     return undefined;
@@ -527,6 +530,55 @@ async function refuseConnection(server: HttpServer, connection: Connection): Pro
   }
 }
 
+/** Connections that may wait for their next request at once before others have to wait for their turn. */
+const TURNS = 64;
+/** How long a connection that is given its turn may leave it unused before others go on, in milliseconds. */
+const TURN_TIME = 5;
+
+/**
+ * Who may read next, when many connections are busy. The runtime does only so many reads and writes before it looks
+ * which sockets are ready, and then those that are served already come first: a few would go on, and all others wait.
+ * So those that were served go to the end of a line. Up to `TURNS` connections, there is no line.
+ */
+class Line {
+  connections = 0;
+  readonly #waiting: (() => void)[] = [];
+  #next = 0;
+  /** Turns that were given and not used, in this round: after a while, their clients have nothing to say. */
+  #given = 0;
+  #round = 1;
+  #timer: ReturnType<typeof setTimeout> | undefined;
+
+  /** Waits for a turn, after the one of `round` (0 is none). Resolves with the round of the new one. */
+  wait(round: number): number | Promise<number> {
+    if (this.connections <= TURNS) return 0;
+    if (round === this.#round) this.#given--;
+    if (this.#given < TURNS && this.#waiting.length === this.#next) return this.#give();
+    const turn = new Promise<number>((resolve) => this.#waiting.push(() => resolve(this.#give())));
+    this.#goOn();
+    return turn;
+  }
+
+  #give(): number {
+    this.#given++;
+    return this.#round;
+  }
+
+  #goOn(): void {
+    while (this.#given < TURNS && this.#next < this.#waiting.length) this.#waiting[this.#next++]!();
+    if (this.#next === this.#waiting.length) this.#waiting.length = this.#next = 0;
+    else this.#timer ??= setTimeout(() => this.#startRound(), TURN_TIME);
+  }
+
+  #startRound(): void {
+    this.#timer = undefined;
+    this.#waiting.splice(0, this.#next);
+    [this.#next, this.#given] = [0, 0];
+    this.#round++;
+    this.#goOn();
+  }
+}
+
 class Connection implements Disposable {
   /** When the wait is over, in milliseconds of the clock. */
   deadline = Infinity;
@@ -538,6 +590,9 @@ class Connection implements Disposable {
   #waiting: Waiting = "request";
   readonly #conn: Deno.Conn;
   readonly #clock: Clock;
+  readonly #line: Line;
+  /** The round of the line that its last turn was in. */
+  #round = 0;
   /** Come and not yet consumed: `#bytes` from `#start` to `#end`. */
   #bytes = new Uint8Array(BUFFER_SIZE);
   #start = 0;
@@ -550,11 +605,12 @@ class Connection implements Disposable {
   /** Fails the read or write that is under way. */
   #interrupt: (reason: Error) => void = () => {};
 
-  constructor(conn: Deno.Conn, clock: Clock, number: number) {
+  constructor(conn: Deno.Conn, clock: Clock, line: Line, number: number) {
     // An answer in several writes must not wait for the client to acknowledge the first (RFC 896).
     if ("setNoDelay" in conn) (conn as Deno.TcpConn).setNoDelay();
     this.#conn = conn;
     this.#clock = clock;
+    this.#line = line;
     this.number = number;
     this.remote = conn.remoteAddr.transport === "tcp" ? conn.remoteAddr.hostname : "unix";
   }
@@ -585,6 +641,8 @@ class Connection implements Disposable {
     if (this.#ready.length > 0) await this.flush();
     const isIdle = this.#start === this.#end;
     this.wait(isIdle ? "request" : "head");
+    const turn = this.#line.wait(this.#round);
+    this.#round = typeof turn === "number" ? turn : await turn;
     const reading = this.#conn.read(this.#room());
     try {
       // Who has not begun a request is not told that time is up: the read fails when the connection is closed.
