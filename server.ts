@@ -1632,6 +1632,8 @@ interface Place {
 interface Evidence {
   /** What the place is kept under. */
   readonly key: string;
+  /** What it is kept in. */
+  readonly places: Cache<Place>;
   readonly looks: Look[];
   /** When the last look was, in milliseconds, and for how long it is believed. */
   looked: number;
@@ -1688,7 +1690,7 @@ function placeOf(server: HttpServer, key: string, find: (site: Site, evidence: E
   const site = server.site(), now = Date.now();
   let place = site.places.get(key);
   if (place === undefined || !isBelieved(place.evidence, now) && !isStillTrue(server, site, place.evidence, now)) {
-    const evidence: Evidence = { key, looks: [], looked: now, lifetime: LONGEST_LIFETIME };
+    const evidence: Evidence = { key, places: site.places, looks: [], looked: now, lifetime: LONGEST_LIFETIME };
     place = { resource: find(site, evidence), evidence };
     site.places.set(copyOf(key), place, PLACE_SIZE);
   }
@@ -2263,17 +2265,17 @@ async function loadFile(exchange: Exchange, found: FileFound, status: 200 | 404)
     // Whoever comes meanwhile waits for it, too. What may change unseen is made anew each time.
     file.variants.set(key, message);
     message.then(
-      (made) => file.isRacy ? file.variants.delete(key) : keep(exchange.server, file, key, made),
+      (made) => file.isRacy ? file.variants.delete(key) : keep(file, key, made),
       () => file.variants.delete(key),
     );
   }
   return reply(exchange, await message, status);
 }
 
-function keep(server: HttpServer, { variants, evidence }: FileFound, key: string, message: WholeMessage): void {
+function keep({ variants, evidence }: FileFound, key: string, message: WholeMessage): void {
   variants.set(key, message);
   // Head and content are kept in one piece, too.
-  server.site().places.grow(evidence.key, 2 * message.content.length + PLACE_SIZE);
+  evidence.places.grow(evidence.key, 2 * message.content.length + PLACE_SIZE);
 }
 
 /** Which representation of a file answers a request (RFC 9110 §12.1, "proactive negotiation"). */
