@@ -1679,7 +1679,7 @@ function locateFile(exchange: Exchange): Resource {
 
 /** A file of ROOT that the server itself looks for. */
 function placeOfName(server: HttpServer, name: string, status: 200 | 404): Resource | undefined {
-  return placeOf(server, `\0${name}`, (site, evidence) => {
+  return placeOf(server, `\0${status} ${name}`, (site, evidence) => {
     const path = pathBelow(site, name), found = site.isFile ? undefined : look(server, site, evidence, path);
     return found?.info.isFile ? fileResource(path, found, evidence, status) : undefined;
   });
