@@ -2410,7 +2410,7 @@ async function readFile(server: HttpServer, found: FileFound): Promise<Opened> {
     const file = isSameState(info, found.info) ? found : describeFile(found.path, found.name, info, found.evidence);
     const bytes = new Uint8Array(Math.min(file.size, BUFFERED_LIMIT));
     const length = await readFully(opened, bytes);
-    if (length < bytes.length || !await isUntouched(opened, info)) continue;
+    if (length < bytes.length || !await isUntouched(opened, info, file.path)) continue;
     if (!file.isSettled) await identify(file, opened, bytes, now);
     return { file, bytes };
   }
@@ -2442,12 +2442,15 @@ async function digestOf(opened: Deno.FsFile, bytes: Uint8Array<ArrayBuffer>, siz
   return new Uint8Array(digest).subarray(0, 12).toHex();
 }
 
-/** Whether a file is as it was when it was opened, or has only grown. */
-async function isUntouched(file: Deno.FsFile, opened: Deno.FileInfo): Promise<boolean> {
+/** Whether a file is as it was when it was opened, or has only grown, or lost its name. */
+async function isUntouched(file: Deno.FsFile, opened: Deno.FileInfo, path: string): Promise<boolean> {
   const hasGrown = (info: Deno.FileInfo) => info.size > opened.size;
   const info = await file.stat();
   if (hasGrown(info) || isSameState(info, opened)) return true;
   if (info.size < opened.size) return false;
+  // What is removed, or has another in its place, changes its state, but no byte.
+  const isGone = info.nlink !== opened.nlink || !isSameFile(statOf(path) ?? opened, info) || statOf(path) === undefined;
+  if (isGone && isSameState({ ...info, ctime: opened.ctime }, opened)) return true;
   // What is being appended shows in the time first, and then in the size.
   await new Promise((resolve) => setTimeout(resolve, READ_PAUSE));
   return hasGrown(await file.stat());
@@ -2520,7 +2523,9 @@ function streamFile(server: HttpServer, source: FileFound): Stream {
       const buffer = new Uint8Array(PIECE_SIZE);
       for (let left = Math.min(end, source.size) - start; left > 0;) {
         const piece = left < PIECE_SIZE ? buffer.subarray(0, left) : buffer;
-        if (await readFully(file, piece) < piece.length || !await isUntouched(file, source.info)) throw fileChanged();
+        if (await readFully(file, piece) < piece.length || !await isUntouched(file, source.info, source.path)) {
+          throw fileChanged();
+        }
         left -= piece.length;
         yield piece;
       }
