@@ -252,7 +252,16 @@ class HttpServer implements Server {
     if (info === undefined && last !== undefined) this.log.line(`ROOT is not there any more: ${this.root}`);
     const isSame = info !== undefined && last !== undefined && last.path === path && isSameFile(info, last.info);
     // Another folder under the same name is another site: nothing that was kept is true of it.
-    if (!isSame) this.#site = info && { path: path!, info, isFile: info.isFile, places: new Cache(CACHE_SIZE) };
+    if (!isSame) {
+      this.#site = info &&
+        {
+          path: path!,
+          info,
+          isFile: info.isFile,
+          direct: { since: now, folders: new Set() },
+          places: new Cache(CACHE_SIZE),
+        };
+    }
     const changes = [info, statOf(this.root!)].map((each) => each === undefined ? now : changeTime(each, now));
     this.#lifetime = lifetimeOf(now - Math.max(...changes));
     this.#looked = now;
@@ -1618,6 +1627,8 @@ interface Site {
   readonly path: string;
   readonly info: Deno.FileInfo;
   readonly isFile: boolean;
+  /** Folders that were lately found to be reached without a link, and since when, in milliseconds. */
+  readonly direct: { since: number; readonly folders: Set<string> };
   /** What paths lead to, by path, and by the charset that they were read in where that matters. */
   readonly places: Cache<Place>;
 }
@@ -1705,13 +1716,25 @@ function isBelieved({ looked, lifetime }: Evidence, now: number): boolean {
 function isStillTrue(server: HttpServer, site: Site, evidence: Evidence, now: number): boolean {
   const isTrue = evidence.looks.every(({ path, found, folder }) => {
     // What was reached without a link is the same thing if its identity is, however it is reached now.
-    if (found?.real === path) return isSameState(statOf(path), found.info);
+    if (found?.real === path) return isDirect(site, path, now) && isSameState(statOf(path), found.info);
     if (folder !== undefined && isSameState(statOf(parentOf(path)), folder)) return true;
     const again = findInside(server, site, path);
     return again?.real === found?.real && (again === found || isSameState(again?.info, found!.info));
   });
   evidence.looked = now;
   return isTrue;
+}
+
+/** Whether no folder on the way is a link by now: asked once for all that is in one, and again after a moment. */
+function isDirect({ path: root, direct }: Site, path: string, now: number): boolean {
+  if (path === root) return true;
+  const folder = parentOf(path);
+  if (now - direct.since >= LONGEST_LIFETIME || now < direct.since) {
+    direct.since = now;
+    direct.folders.clear();
+  }
+  if (!direct.folders.has(folder) && orNothing(() => Deno.realPathSync(folder)) === folder) direct.folders.add(folder);
+  return direct.folders.has(folder);
 }
 
 /** Whether two looks saw one file or folder in one state. */
