@@ -253,7 +253,16 @@ class HttpServer implements Server {
     if (info === undefined && last !== undefined) this.log.line(`ROOT is not there any more: ${this.root}`);
     const isSame = info !== undefined && last !== undefined && last.path === path && isSameFile(info, last.info);
     // Another folder under the same name is another site: nothing that was kept is true of it.
-    if (!isSame) this.#site = info && { path: path!, info, isFile: info.isFile, places: new Cache(CACHE_SIZE) };
+    if (!isSame) {
+      this.#site = info &&
+        {
+          path: path!,
+          info,
+          isFile: info.isFile,
+          direct: { since: now, folders: new Set() },
+          places: new Cache(CACHE_SIZE),
+        };
+    }
     const changes = [info, statOf(this.root!)].map((each) => each === undefined ? now : changeTime(each, now));
     this.#lifetime = lifetimeOf(now - Math.max(...changes));
     this.#looked = now;
@@ -1676,6 +1685,8 @@ interface Site {
   readonly path: string;
   readonly info: Deno.FileInfo;
   readonly isFile: boolean;
+  /** Folders that were lately found to be reached without a link, and since when, in milliseconds. */
+  readonly direct: { since: number; readonly folders: Set<string> };
   /** What paths lead to, by path, and by the charset that they were read in where that matters. */
   readonly places: Cache<Place>;
 }
@@ -1690,6 +1701,8 @@ interface Place {
 interface Evidence {
   /** What the place is kept under. */
   readonly key: string;
+  /** What it is kept in. */
+  readonly places: Cache<Place>;
   readonly looks: Look[];
   /** When the last look was, in milliseconds, and for how long it is believed. */
   looked: number;
@@ -1735,7 +1748,7 @@ function locateFile(exchange: Exchange): Resource {
 
 /** A file of ROOT that the server itself looks for. */
 function placeOfName(server: HttpServer, name: string, status: 200 | 404): Resource | undefined {
-  return placeOf(server, `\0${name}`, (site, evidence) => {
+  return placeOf(server, `\0${status} ${name}`, (site, evidence) => {
     const path = pathBelow(site, name), found = site.isFile ? undefined : look(server, site, evidence, path);
     return found?.info.isFile ? fileResource(path, found, evidence, status) : undefined;
   });
@@ -1746,7 +1759,7 @@ function placeOf(server: HttpServer, key: string, find: (site: Site, evidence: E
   const site = server.site(), now = Date.now();
   let place = site.places.get(key);
   if (place === undefined || !isBelieved(place.evidence, now) && !isStillTrue(server, site, place.evidence, now)) {
-    const evidence: Evidence = { key, looks: [], looked: now, lifetime: LONGEST_LIFETIME };
+    const evidence: Evidence = { key, places: site.places, looks: [], looked: now, lifetime: LONGEST_LIFETIME };
     place = { resource: find(site, evidence), evidence };
     site.places.set(copyOf(key), place, PLACE_SIZE);
   }
@@ -1761,13 +1774,25 @@ function isBelieved({ looked, lifetime }: Evidence, now: number): boolean {
 function isStillTrue(server: HttpServer, site: Site, evidence: Evidence, now: number): boolean {
   const isTrue = evidence.looks.every(({ path, found, folder }) => {
     // What was reached without a link is the same thing if its identity is, however it is reached now.
-    if (found?.real === path) return isSameState(statOf(path), found.info);
+    if (found?.real === path) return isDirect(site, path, now) && isSameState(statOf(path), found.info);
     if (folder !== undefined && isSameState(statOf(parentOf(path)), folder)) return true;
     const again = findInside(server, site, path);
     return again?.real === found?.real && (again === found || isSameState(again?.info, found!.info));
   });
   evidence.looked = now;
   return isTrue;
+}
+
+/** Whether no folder on the way is a link by now: asked once for all that is in one, and again after a moment. */
+function isDirect({ path: root, direct }: Site, path: string, now: number): boolean {
+  if (path === root) return true;
+  const folder = parentOf(path);
+  if (now - direct.since >= LONGEST_LIFETIME || now < direct.since) {
+    direct.since = now;
+    direct.folders.clear();
+  }
+  if (!direct.folders.has(folder) && orNothing(() => Deno.realPathSync(folder)) === folder) direct.folders.add(folder);
+  return direct.folders.has(folder);
 }
 
 /** Whether two looks saw one file or folder in one state. */
@@ -1931,14 +1956,18 @@ interface FileFound {
   readonly size: number;
   /** Last modification, in milliseconds: not later than now (RFC 9110 §8.8.2.1). */
   readonly time: number;
-  /** Whether it changed so lately that another change might not show. */
-  readonly isRacy: boolean;
-  /** Differs between any two files, and any two states of one. */
+  /** Until when another change might not show in its times, in milliseconds. */
+  readonly settles: number;
+  /** Whether that does not matter, or is over since it was last read. */
+  isSettled: boolean;
+  /** Differs between any two files, and any two states of one that show. */
   readonly tag: string;
+  /** Of its content, if it was read before it was settled: tells it from what was there, and did not show. */
+  digest?: string;
   /** What it was found by; the compressed one beside it is looked for later. */
   readonly evidence: Evidence;
   /** What it is, once that was looked into. */
-  nature?: Nature;
+  nature?: Nature | undefined;
   /** Its bytes, while they are being read. */
   reading?: Promise<Opened> | undefined;
   /** Responses, by charset and coding; whoever comes while one is being made waits for it. */
@@ -1953,18 +1982,22 @@ function fileResource(path: string, { real, info }: Found, evidence: Evidence, s
   return { kind: "file", file: describeFile(real, nameOf(path), info, evidence), status };
 }
 
-/** Tags of states that another change may follow unseen: none of them is used twice. */
-let racyTags = 0;
+/** Whether a file's time is another than that of its last change, which nobody can set. */
+function isTimeSet({ mtime, ctime }: Deno.FileInfo): boolean {
+  const second = (time: Date | null) => Math.trunc((time?.getTime() ?? 0) / 1000);
+  return ctime !== null && second(mtime) !== second(ctime);
+}
 
 function describeFile(path: string, name: string, info: Deno.FileInfo, evidence: Evidence): FileFound {
   const now = Date.now(), { size } = info, changed = changeTime(info, now);
-  const isRacy = now - changed < (info.ctime === null ? RACY_TIME : GRANULARITY);
+  const settles = changed + (info.ctime === null ? RACY_TIME : GRANULARITY);
+  // Nobody writes a large file twice within a tick of the clock: there, only times that were set by hand say too little.
+  const isSettled = now >= settles || size > BUFFERED_LIMIT && !isTimeSet(info);
   const state = [info.ino, info.birthtime?.getTime(), info.mtime?.getTime(), info.ctime?.getTime(), size, info.dev];
-  const tag = state.map((number) => (number ?? 0).toString(36)).join("-") +
-    (isRacy ? `-${now.toString(36)}.${(racyTags++).toString(36)}` : "");
+  const tag = state.map((number) => (number ?? 0).toString(36)).join("-");
   const time = Math.min(info.mtime?.getTime() ?? 0, now);
   const made = { variants: new Map(), siblings: new Map(), conversions: new Map() };
-  return { path, name, info, size, time, isRacy, tag, evidence, ...made };
+  return { path, name, info, size, time, settles, isSettled, tag, evidence, ...made };
 }
 
 // ── Content ──────────────────────────────────────────────────────────────────────────────────────
@@ -2310,28 +2343,31 @@ const keyOf = ({ encoding, coding }: Variant) => `${encoding} ${coding}`;
 /** The response to a request for a file that has to be read, or waited for. */
 async function loadFile(exchange: Exchange, found: FileFound, status: 200 | 404): Promise<Message> {
   const { file, bytes } = await readShared(exchange.server, found);
-  const nature = file.nature ??= natureOf(exchange.server, file, bytes), variant = select(exchange, file, nature);
+  const nature = file.nature ??= natureOf(exchange.server, file, bytes), selected = select(exchange, file, nature);
+  const isBeside = selected.source !== file, isSettled = file.isSettled;
+  const source = isBeside ? await readShared(exchange.server, selected.source) : { file, bytes };
+  const variant = { ...selected, source: source.file };
   if (variant.source.size > BUFFERED_LIMIT) {
     return reply(exchange, streamedMessage(exchange, file, nature, variant), status);
   }
   const key = keyOf(variant);
   let message = file.variants.get(key);
   if (message === undefined) {
-    message = wholeMessage(exchange, file, nature, variant, bytes);
+    message = wholeMessage(exchange, file, nature, variant, source.bytes);
     // Whoever comes meanwhile waits for it, too. What may change unseen is made anew each time.
     file.variants.set(key, message);
     message.then(
-      (made) => file.isRacy ? file.variants.delete(key) : keep(exchange.server, file, key, made),
+      (made) => isSettled && source.file.isSettled ? keep(file, key, made) : file.variants.delete(key),
       () => file.variants.delete(key),
     );
   }
   return reply(exchange, await message, status);
 }
 
-function keep(server: HttpServer, { variants, evidence }: FileFound, key: string, message: WholeMessage): void {
+function keep({ variants, evidence }: FileFound, key: string, message: WholeMessage): void {
   variants.set(key, message);
   // Head and content are kept in one piece, too.
-  server.site().places.grow(evidence.key, 2 * message.content.length + PLACE_SIZE);
+  evidence.places.grow(evidence.key, 2 * message.content.length + PLACE_SIZE);
 }
 
 /** Which representation of a file answers a request (RFC 9110 §12.1, "proactive negotiation"). */
@@ -2365,11 +2401,15 @@ function siblingOf(server: HttpServer, file: FileFound, coding: Coding): FileFou
   return sibling;
 }
 
+const tagOf = ({ tag, digest }: FileFound) => digest === undefined ? tag : `${tag}.${digest}`;
+
 /** What a response for a file says of it. */
 function describeVariant(server: HttpServer, file: FileFound, nature: Nature, variant: Variant) {
   const { type, encoding: stored } = nature, { encoding, coding, source } = variant, { settings } = server;
   const conversion = encoding === stored ? "" : `-${stored}.${encoding}.${settings.unmappable[0]}`;
-  const etag = `"${file.tag}${conversion}${coding ? `-${coding}` : ""}${source === file ? "" : `-${source.tag}`}"`;
+  const etag = `"${tagOf(file)}${conversion}${coding ? `-${coding}` : ""}${
+    source === file ? "" : `-${tagOf(source)}`
+  }"`;
   const vary = [charsetRule(type) === "any" && "Accept-Charset", (coding || isCompressible(type)) && "Accept-Encoding"];
   const fields: Field[] = [
     ["Content-Type", contentType(type, encoding, settings.declare)],
@@ -2392,7 +2432,7 @@ async function wholeMessage(
   bytes: Uint8Array<ArrayBuffer>,
 ): Promise<WholeMessage> {
   const described = describeVariant(server, file, nature, variant), kept = { date: "", composed: [] };
-  if (variant.source !== file) return { ...described, content: (await readShared(server, variant.source)).bytes, kept };
+  if (variant.source !== file) return { ...described, content: bytes, kept };
   const { encoding, coding } = variant;
   const make = () => encoding === nature.encoding ? { bytes, lost: 0 } : convert(server, nature, encoding!, bytes);
   if (coding === undefined || coding === nature.coding) {
@@ -2445,22 +2485,53 @@ const READ_ATTEMPTS = 5, READ_PAUSE = 5;
 async function readFile(server: HttpServer, found: FileFound): Promise<Opened> {
   for (let attempt = 0; attempt < READ_ATTEMPTS; attempt++) {
     if (attempt > 0) await new Promise((resolve) => setTimeout(resolve, READ_PAUSE));
+    const now = Date.now();
     using opened = await openFile(server, found.path);
     const info = await opened.stat();
     const file = isSameState(info, found.info) ? found : describeFile(found.path, found.name, info, found.evidence);
     const bytes = new Uint8Array(Math.min(file.size, BUFFERED_LIMIT));
     const length = await readFully(opened, bytes);
-    if (length === bytes.length && await isUntouched(opened, info)) return { file, bytes };
+    if (length < bytes.length || !await isUntouched(opened, info, file.path)) continue;
+    if (!file.isSettled) await identify(file, opened, bytes, now);
+    return { file, bytes };
   }
   throw fileChanged();
 }
 
-/** Whether a file is as it was when it was opened, or has only grown. */
-async function isUntouched(file: Deno.FsFile, opened: Deno.FileInfo): Promise<boolean> {
+/** Largest file that is read to its end for its digest, in bytes. */
+const DIGEST_LIMIT = 64 * 1024 * 1024;
+
+/** Tells a file that changed lately by its content, since another change need not show otherwise. */
+async function identify(file: FileFound, opened: Deno.FsFile, bytes: Uint8Array<ArrayBuffer>, now: number) {
+  // What would take too long never matches anything, until it is settled.
+  const digest = file.size > DIGEST_LIMIT ? crypto.randomUUID() : await digestOf(opened, bytes, file.size);
+  file.isSettled = now >= file.settles;
+  if (digest === file.digest) return;
+  file.digest = digest;
+  file.nature = undefined;
+  for (const made of [file.variants, file.siblings, file.conversions]) made.clear();
+}
+
+/** A digest of a file as long as it was, of which some was read. */
+async function digestOf(opened: Deno.FsFile, bytes: Uint8Array<ArrayBuffer>, size: number): Promise<string> {
+  let digest = await crypto.subtle.digest("SHA-256", bytes);
+  for (let left = size - bytes.length; left > 0; left -= PIECE_SIZE) {
+    const piece = new Uint8Array(Math.min(left, PIECE_SIZE));
+    await readFully(opened, piece);
+    digest = await crypto.subtle.digest("SHA-256", concat([new Uint8Array(digest), piece]));
+  }
+  return new Uint8Array(digest).subarray(0, 12).toHex();
+}
+
+/** Whether a file is as it was when it was opened, or has only grown, or lost its name. */
+async function isUntouched(file: Deno.FsFile, opened: Deno.FileInfo, path: string): Promise<boolean> {
   const hasGrown = (info: Deno.FileInfo) => info.size > opened.size;
   const info = await file.stat();
   if (hasGrown(info) || isSameState(info, opened)) return true;
   if (info.size < opened.size) return false;
+  // What is removed, or has another in its place, changes its state, but no byte.
+  const isGone = info.nlink !== opened.nlink || !isSameFile(statOf(path) ?? opened, info) || statOf(path) === undefined;
+  if (isGone && isSameState({ ...info, ctime: opened.ctime }, opened)) return true;
   // What is being appended shows in the time first, and then in the size.
   await new Promise((resolve) => setTimeout(resolve, READ_PAUSE));
   return hasGrown(await file.stat());
@@ -2533,7 +2604,9 @@ function streamFile(server: HttpServer, source: FileFound): Stream {
       const buffer = new Uint8Array(PIECE_SIZE);
       for (let left = Math.min(end, source.size) - start; left > 0;) {
         const piece = left < PIECE_SIZE ? buffer.subarray(0, left) : buffer;
-        if (await readFully(file, piece) < piece.length || !await isUntouched(file, source.info)) throw fileChanged();
+        if (await readFully(file, piece) < piece.length || !await isUntouched(file, source.info, source.path)) {
+          throw fileChanged();
+        }
         left -= piece.length;
         yield piece;
       }

@@ -249,6 +249,14 @@ const ROUTES: readonly Route[] = [
 const serveEcho = (options: ServeOptions = {}) =>
   serve({ port: 0, host: "127.0.0.1", allowHost: ["*"], routes: ROUTES, ...options });
 
+/** What a server logs, errors included, while it is used. */
+async function logging<T>(options: ServeOptions, use: (server: Listening) => Promise<T>) {
+  let log = "";
+  const server = serveEcho({ log: "common", onLog: (lines) => void (log += lines), ...options });
+  const result = await use(server).finally(() => server.shutdown());
+  return { log, result };
+}
+
 /**
  * Sends bytes that are one request in every way they could come, and looks at each answer: in tiny pieces, at
  * once, behind another request, twice. With `closes`, the connection ends with the answer.
@@ -339,6 +347,32 @@ Deno.test("HttpError carries fields", async () => {
   await using server = serveEcho({ routes: [[/^/, fail]] });
   assertEquals((await getAndHead(server, "/")).fields.get("www-authenticate"), 'Basic realm="x"');
 });
+
+const BROKEN_FIELDS: readonly [says: string, name: string, value: string][] = [
+  ["a value of two lines", "X-Y", "1\r\nInjected: 2"],
+  ["a value with NUL", "X-Y", "1\0"],
+  ["a value that Latin-1 cuts into two lines", "X-Y", "1\u010d\u010aInjected: 2"],
+  ["a name of two lines", "X: 1\r\nInjected", "2"],
+  ["an empty name", "", "1"],
+];
+
+for (const [says, name, value] of BROKEN_FIELDS) {
+  Deno.test(`HttpError refuses ${says} when it is made: the answer is 500, and the log says why`, async () => {
+    const fail = () => {
+      throw new HttpError(401, "Who are you", [[name, value]]);
+    };
+    assertThrows(fail, TypeError);
+    const { log } = await logging({ routes: [[/^/, fail], ...ROUTES] }, async (server) => {
+      using client = await Client.connect(server);
+      await client.send(get("/").repeat(2));
+      for (let i = 0; i < 2; i++) {
+        const reply = await client.receive();
+        assertEquals([reply.status, reply.fields.has("injected")], [500, false]);
+      }
+    });
+    assertMatch(log, /^charserve: error: GET \/ HTTP\/1\.1: TypeError: /m);
+  });
+}
 
 // ── Connection ──────────────────────────────────────────────────────────────────────────────────
 // How long a connection lasts, and who ends it. That packets may be cut anywhere is tested with every
@@ -500,6 +534,24 @@ for (const [says, options, test] of CONNECTIONS) {
   });
 }
 
+/** Connects and resets, so many times, in a process of its own; this one stands still meanwhile, and accepts nobody. */
+function resetConnections({ addr }: Listening, count: number): void {
+  const { port } = addr as Deno.NetAddr;
+  const code = `import { connect } from "node:net";
+    for (let i = 0; i < ${count}; i++) {
+      const socket = connect(${port}, "127.0.0.1", () => socket.resetAndDestroy()).on("error", () => {});
+    }`;
+  new Deno.Command(Deno.execPath(), { args: ["eval", code], stdout: "null", stderr: "null" }).outputSync();
+}
+
+Deno.test("Connection is not kept waiting by a hundred clients that reset before they are accepted", async () => {
+  const { log } = await logging({}, async (server) => {
+    resetConnections(server, 100);
+    for (let i = 0; i < 2; i++) assertEquals((await ask(server, get("/"))).status, 200);
+  });
+  assertEquals(log.trimEnd().split("\n").length, 2, log); // The two answers, and no other word.
+});
+
 const UNREAD: readonly [says: string, body: () => ReadableStream<Uint8Array> | Uint8Array<ArrayBuffer>][] = [
   ["a stream", () => ReadableStream.from(endless())],
   ["bytes", () => new Uint8Array(64 * 1024 * 1024)],
@@ -581,6 +633,8 @@ Deno.test("parseTarget() takes an absolute target that goes on with its query", 
 const HEADS: readonly [says: string, request: string, x?: string][] = [
   ["one empty line before it", "\r\n" + get("/echo")],
   ["several empty lines before it", "\r\n\r\n\r\n" + get("/echo")],
+  ["twenty empty lines before it", "\r\n".repeat(20) + get("/echo")],
+  ["the highest port", get("http://a:65535/echo")],
   ["a method's field names in any case", head("GET /echo HTTP/1.1", "hOST: a", "x: 1"), "1"],
   ["a value without a space before it", get("/echo", "X:1"), "1"],
   ["white space around a value", get("/echo", "X: \t 1 2 \t "), "1 2"],
@@ -609,6 +663,8 @@ for (const [says, request, x] of HEADS) {
 const REFUSED_HEADS: readonly [says: string, request: string, status?: number][] = [
   // The request line (RFC 9112 §3).
   ["a bare LF before it", "\n" + get("/")],
+  ["an empty line without LF before it", "\r" + get("/")],
+  ["an empty line of a space before it", " \r\n" + get("/")],
   ["a line of one word", head("GET", "Host: a")],
   ["HTTP/0.9", head("GET /")],
   ["a line with two spaces", head("GET  / HTTP/1.1", "Host: a")],
@@ -639,6 +695,10 @@ const REFUSED_HEADS: readonly [says: string, request: string, status?: number][]
   ["an absolute target without a host", get("http:///")],
   ["an absolute target with half an IPv6 address", get("http://[::1/")],
   ["an absolute target of another scheme", get("ftp://localhost/")],
+  ["an absolute target of a port alone", get("http://:80/")],
+  ["an absolute target of a dot", get("http://./")],
+  ["an absolute target with a port that is none", get("http://a:65536/")],
+  ["an absolute target with an empty query for a host", get("http://?a")],
   ["CONNECT with a path", head("CONNECT / HTTP/1.1", "Host: a")],
   ["CONNECT with an absolute target", head("CONNECT http://a/ HTTP/1.1", "Host: a")],
   ["a target of more than 8 KiB", get("/".padEnd(8 * 1024 + 1, "a")), 414],
@@ -655,6 +715,14 @@ const REFUSED_HEADS: readonly [says: string, request: string, status?: number][]
   ["a Host with a scheme", head("GET / HTTP/1.1", "Host: http://a")],
   ["a Host with a port of letters", head("GET / HTTP/1.1", "Host: a:b")],
   ["a Host with two ports", head("GET / HTTP/1.1", "Host: a:1:2")],
+  ["a Host that is a port", head("GET / HTTP/1.1", "Host: :80")],
+  ["a Host that is a colon", head("GET / HTTP/1.1", "Host: :")],
+  ["a Host that is a dot", head("GET / HTTP/1.1", "Host: .")],
+  ["a Host that is a dot with a port", head("GET / HTTP/1.1", "Host: .:80")],
+  ["a Host that is dots", head("GET / HTTP/1.1", "Host: ..")],
+  ["a Host with the port 65536", head("GET / HTTP/1.1", "Host: a:65536")],
+  ["a Host with the port 99999", head("GET / HTTP/1.1", "Host: a:99999")],
+  ["a Host with a port of twenty digits", head("GET / HTTP/1.1", "Host: a:18446744073709551696")],
   ["a bad Host in HTTP/1.0", head("GET / HTTP/1.0", "Host: a/b")],
   ["a bad Host beside an absolute target", head("GET http://a/ HTTP/1.1", "Host: a/b")],
   // Fields (RFC 9112 §5).
@@ -697,6 +765,12 @@ const FRAMINGS: readonly [says: string, request: string, content: string][] = [
   ["a length", framed("hello", "Content-Length: 5"), "hello"],
   ["a length of nothing", framed("", "Content-Length: 0"), ""],
   ["a length with zeros before it", framed("hello", "Content-Length: 005"), "hello"],
+  [
+    "a length with more zeros than a number has digits",
+    framed("hello", `Content-Length: ${"0".repeat(400)}5`),
+    "hello",
+  ],
+  ["a length of zeros", framed("", "Content-Length: 000"), ""],
   ["content that looks like a request", framed(get("/"), `Content-Length: ${get("/").length}`), get("/")],
   ["content of any bytes", framed("\0\r\n\xff", "Content-Length: 4"), "\0\r\n\xff"],
   ["a body with GET", head("GET /echo HTTP/1.1", "Host: a", "Content-Length: 2") + "hi", "hi"],
@@ -708,6 +782,7 @@ const FRAMINGS: readonly [says: string, request: string, content: string][] = [
   ["a chunk that looks like the last one", chunked("5\r\n0\r\n\r\n\r\n0\r\n\r\n"), "0\r\n\r\n"],
   ["sizes in either case", chunked("a\r\n0123456789\r\nA\r\n0123456789\r\n0\r\n\r\n"), "01234567890123456789"],
   ["sizes with zeros before them", chunked("002\r\nhi\r\n000\r\n\r\n"), "hi"],
+  ["sizes with many zeros before them", chunked(`${"0".repeat(400)}2\r\nhi\r\n${"0".repeat(400)}\r\n\r\n`), "hi"],
   ["chunk extensions", chunked('2;a;b=c;d="e;f"\r\nhi\r\n0;g\r\n\r\n'), "hi"],
   ["white space before an extension", chunked("2 \t; a = b\r\nhi\r\n0\r\n\r\n"), "hi"],
   ["a trailer", chunked("2\r\nhi\r\n0\r\nX: 1\r\nY: \xff\r\n\r\n"), "hi"],
@@ -775,6 +850,12 @@ const REFUSED_FRAMINGS: readonly [says: string, request: string, status?: number
   ["chunked on a line that goes on", framed("0\r\n\r\n", "Transfer-Encoding:", " chunked")],
   ["chunked before the colon", framed("0\r\n\r\n", "Transfer-Encoding : chunked")],
   ["gzip before chunked", framed("0\r\n\r\n", "Transfer-Encoding: gzip, chunked"), 501],
+  ["an unknown coding before chunked", framed("0\r\n\r\n", "Transfer-Encoding: foo, chunked"), 501],
+  [
+    "an unknown coding on the line before chunked",
+    framed("", "Transfer-Encoding: foo", "Transfer-Encoding: chunked"),
+    501,
+  ],
 ];
 
 for (const [says, request, status = 400] of REFUSED_FRAMINGS) {
@@ -1387,12 +1468,13 @@ const SITE: Tree = {
   "site/\u4f60.txt": "you",
   "site/a b&c.txt": "odd",
   "site/100%.txt": "percent",
+  "site/a\\b.txt": "backslash",
   "site/.well-known/security.txt": "contact",
   "site/.hidden": "secret",
   "site/.git/config": "secret",
 };
 
-const FOUND: readonly [says: string, target: string, status: number, text?: string, ServeOptions?][] = [
+const FOUND: readonly [says: string, target: string, status: number, text?: string | undefined, ServeOptions?][] = [
   ["a file", "/a.txt", 200, "inside"],
   ["a file beside slashes", "//folder///index.html", 200, "<p>index"],
   ["a file by an encoded letter", "/%61.txt", 200, "inside"],
@@ -1420,6 +1502,20 @@ const FOUND: readonly [says: string, target: string, status: number, text?: stri
   ["a link inside", "/link-in", 200, "inside"],
   ["a link to a folder inside", "/folder-in/", 200, "<p>index"],
   ["no hidden file", "/.hidden", 404],
+  ["no file by the name of a page with a slash in it", "/b%2F", 404],
+  ["a name of 300 characters", `/${"a".repeat(300)}`, 404],
+  ["a path of 5,000 characters", `/${"a/".repeat(2500)}`, 404],
+  ["links that lead in a circle", "/link-circle", 404],
+  ["what is below links that lead in a circle", "/link-circle/a.txt", 404],
+  ["a link outside, if it may", "/link-out", 200, "secret", { followLinks: true }],
+  ["a file below a link to a folder outside, if it may", "/folder-out/secret.txt", 200, "secret", {
+    followLinks: true,
+  }],
+  ["nothing above, though links may lead out", "/../secret.txt", 404, undefined, { followLinks: true }],
+  ["no link to nowhere, though links may lead out", "/link-nowhere", 404, undefined, { followLinks: true }],
+  ["no pipe, though links may lead out", "/pipe", 404, undefined, { followLinks: true }],
+  ["a name with a backslash", "/a%5Cb.txt", 200, "backslash"],
+  ["a name with a backslash that is not encoded", "/a\\b.txt", 200, "backslash"],
   ["no hidden file by an encoded dot", "/%2Ehidden", 404],
   ["nothing in a hidden folder", "/.git/config", 404],
 ];
@@ -1461,6 +1557,7 @@ async function addSpecialFiles(path: string): Promise<void> {
   await Deno.symlink(path, `${site}/folder-out`);
   await Deno.symlink(`${path}/nowhere`, `${site}/link-nowhere`);
   await Deno.symlink("a.txt", `${site}/link-in`);
+  await Deno.symlink("link-circle", `${site}/link-circle`);
   await Deno.symlink("folder", `${site}/folder-in`);
   await new Deno.Command("mkfifo", { args: [`${site}/pipe`] }).output();
 }
@@ -1510,6 +1607,33 @@ for (const [says, target, location] of REDIRECTED) {
   });
 }
 
+/** Folders by other names than their own: where the redirection leads is for the client to find out (RFC 3986 §5). */
+const LED: readonly [says: string, target: string][] = [
+  ["a folder", "/folder/deep"],
+  ["a folder by dots", "/folder/./x/../deep"],
+  ["a folder by encoded dots", "/folder/%2e%2e/folder/deep"],
+  ["a folder behind slashes", "//folder//deep"],
+  ["a folder with an encoded slash in its path", "/folder%2Fdeep"],
+  ["a folder that looks like a scheme", "/folder/http:"],
+  ["a folder with a question mark and a space", "/folder/a%3F%20b"],
+];
+
+for (const [says, target] of LED) {
+  for (const prefix of ["", "/behind/a/proxy"]) {
+    Deno.test(`redirect() leads to ${says}: ${prefix}${target}`, { ignore: ON_WINDOWS }, async () => {
+      await using server = await serveTree({
+        "folder/deep/index.html": "<p>here",
+        "folder/http:/index.html": "<p>here",
+        "folder/a? b/index.html": "<p>here",
+      });
+      const { status, fields } = await getAndHead(server, target);
+      const { pathname } = new URL(fields.get("location")!, `http://localhost${prefix}${target}`);
+      assertEquals([status, pathname.startsWith(`${prefix}/`)], [301, true], pathname);
+      assertEquals(textOf(await getAndHead(server, pathname.slice(prefix.length))), "<p>here");
+    });
+  }
+}
+
 const ROOTS: readonly [says: string, options: ServeOptions, target: string, status: number, text?: string][] = [
   ["a file as its only resource", { root: "site/a.txt" }, "/", 200, "inside"],
   ["a file by its name", { root: "site/a.txt" }, "/a.txt", 200, "inside"],
@@ -1546,6 +1670,354 @@ for (const [method, status] of [["POST", 405], ["DELETE", 405], ["OPTIONS", 204]
       status,
       status === 501 ? undefined : "GET, HEAD, OPTIONS",
     ]);
+  });
+}
+
+const PAGES_SITE: Tree = {
+  "index.html": "<p>home",
+  "about.html": "<p>about",
+  "both": "file",
+  "both.html": "<p>both",
+  "folder.html": "<p>beside",
+  "folder/a.txt": "inside",
+  "v1.2.html": "<p>version",
+  "a b.html": "<p>space",
+  "\u4f60.html": "<p>you",
+  ".hidden.html": "secret",
+  "table.htm": "<p>old",
+  "script.js.html": "<p>script",
+};
+
+const CLEAN: readonly [says: string, target: string, status: number, text?: string][] = [
+  ["a page by its name without .html", "/about", 200, "<p>about"],
+  ["a page with a query", "/about?x=1", 200, "<p>about"],
+  ["a page by its full name", "/about.html", 200, "<p>about"],
+  ["the index by its name", "/index", 200, "<p>home"],
+  ["a file before a page", "/both", 200, "file"],
+  ["a folder before a page", "/folder", 301],
+  ["a page whose name has a dot", "/v1.2", 200, "<p>version"],
+  ["a page whose name has a space", "/a%20b", 200, "<p>space"],
+  ["a page in UTF-8", "/%E4%BD%A0", 200, "<p>you"],
+  ["a page in the charset asked for", "/%C4%E3?charset=gbk", 200, "<p>you"],
+  ["a page beside what is missing, whatever its extension", "/script.js", 200, "<p>script"],
+  ["no page with a slash", "/about/", 404],
+  ["no page below a page", "/about/us", 404],
+  ["no page of a folder", "/folder/", 200],
+  ["no hidden page", "/.hidden", 404],
+  ["no page by another extension", "/table", 404],
+  ["no page by half its extension", "/about.ht", 404],
+];
+
+for (const [says, target, status, text] of CLEAN) {
+  Deno.test(`findBelow() finds ${says}: ${target}`, async () => {
+    await using server = await serveTree(PAGES_SITE);
+    const reply = await getAndHead(server, target);
+    assertEquals(reply.status, status);
+    if (text !== undefined) assertEquals(textOf(reply), text);
+  });
+}
+
+const MISSING: Tree = {
+  "404.html": '<!DOCTYPE html><meta charset="gbk"><p>\xc4\xe3' + " ".repeat(2000),
+  "index.html": "<p>home",
+  "folder/404.html": "<p>not this one",
+  "folder/a.txt": "inside",
+};
+
+const NOT_FOUND: readonly [
+  says: string,
+  target: string,
+  fields: string[],
+  options: ServeOptions,
+  expected: Record<string, string | undefined>,
+][] = [
+  ["in its own charset", "/nowhere", [], {}, { "content-type": "text/html;charset=gbk" }],
+  ["in the charset configured", "/nowhere", [], { charset: "big5" }, { "content-type": "text/html;charset=big5" }],
+  ["in the charset asked for", "/nowhere?charset=utf-16le", [], {}, { "content-type": "text/html;charset=utf-16le" }],
+  ["in the charset accepted", "/nowhere", ["Accept-Charset: utf-8"], {}, { "content-type": "text/html;charset=utf-8" }],
+  ["compressed", "/nowhere", ["Accept-Encoding: gzip"], {}, { "content-encoding": "gzip" }],
+  ["of ROOT, in a folder that has one too", "/folder/nowhere", [], {}, {}],
+  ["for a file with a slash", "/folder/a.txt/", [], {}, {}],
+  ["for what is hidden", "/.git", [], {}, {}],
+  ["for a script", "/nowhere.js", [], {}, { "content-type": "text/html;charset=gbk" }],
+  ["for a script, beside a fallback", "/nowhere.js", [], { fallback: "index.html" }, {}],
+  ["for a script, though it is the fallback, too", "/nowhere.js", [], { fallback: "404.html" }, {}],
+  ["whole, whatever part is asked for", "/nowhere", ["Range: bytes=0-1"], {}, { "content-range": undefined }],
+  ["whatever is known", "/nowhere", ["If-None-Match: *"], {}, {}],
+  ["whatever is expected", "/nowhere", ['If-Match: "a"'], {}, {}],
+  ["with the fields of --header, but for caching", "/nowhere", [], {
+    header: [["Cache-Control", "max-age=60"], ["X-Y", "1"]],
+  }, { "cache-control": "no-cache", "x-y": "1" }],
+];
+
+for (const [says, target, fields, options, expected] of NOT_FOUND) {
+  Deno.test(`locateFile() answers what is not found with 404.html, ${says}: ${target}`, async () => {
+    await using server = await serveTree(MISSING, options);
+    // Where a fallback is the same page, it must not matter which was asked for first.
+    if (options.fallback !== undefined) assertEquals((await getAndHead(server, "/no/page")).status, 200);
+    for (let i = 0; i < 2; i++) { // The second time, it comes from memory.
+      const reply = await getAndHead(server, target, ...fields);
+      assertEquals(reply.status, 404);
+      for (const name of ["etag", "last-modified", "accept-ranges"]) assert(!reply.fields.has(name), name);
+      for (const [name, value] of Object.entries(expected)) assertEquals(reply.fields.get(name), value, name);
+      const text = new TextDecoder(charsetOf(reply)).decode(await decompressed(reply));
+      assertEquals(text.replace(/<meta.*?>/, "").trim(), "<!DOCTYPE html><p>你");
+      assertStringIncludes(text, `charset="${charsetOf(reply)}"`);
+    }
+  });
+}
+
+Deno.test("locateFile() finds 404.html by its name: 200", async () => {
+  await using server = await serveTree(MISSING);
+  for (const target of ["/404.html", "/404"]) {
+    const reply = await getAndHead(server, target);
+    assertEquals([reply.status, reply.fields.has("etag")], [200, true]);
+  }
+  assertEquals((await getAndHead(server, "/nowhere")).status, 404);
+});
+
+/** What a path leads to, before and after a change. */
+const APPEARANCES: readonly [
+  says: string,
+  options: ServeOptions,
+  tree: Tree,
+  target: string,
+  before: [status: number, text?: string],
+  change: (site: string) => Promise<unknown>,
+  after: [status: number, text?: string],
+][] = [
+  ["a file", {}, {}, "/a.txt", [404], (site) => write(site, "a.txt", "new"), [200, "new"]],
+  ["a file in a folder", {}, { "f/": "" }, "/f/a.txt", [404], (site) => write(site, "f/a.txt", "new"), [200, "new"]],
+  ["a folder and a file in it", {}, {}, "/f/a.txt", [404], (site) => write(site, "f/a.txt", "new"), [200, "new"]],
+  [
+    "a file where the fallback stood",
+    { fallback: "b.html" },
+    {},
+    "/a",
+    [200, "<p>b"],
+    (site) => write(site, "a", "new"),
+    [200, "new"],
+  ],
+  [
+    "the fallback where a file stood",
+    { fallback: "b.html" },
+    { a: "old" },
+    "/a",
+    [200, "old"],
+    (site) => Deno.remove(`${site}/a`),
+    [200, "<p>b"],
+  ],
+  [
+    "another fallback",
+    { fallback: "b.html" },
+    {},
+    "/a",
+    [200, "<p>b"],
+    (site) => write(site, "b.html", "<p>other"),
+    [200, "<p>other"],
+  ],
+  ["a 404.html", {}, {}, "/a", [404], (site) => write(site, "404.html", "<p>not"), [404, "<p>not"]],
+  ["another 404.html", {}, { "404.html": "<p>old" }, "/a", [404, "<p>old"], (site) => {
+    return write(site, "404.html", "<p>new");
+  }, [404, "<p>new"]],
+  ["a file where 404.html stood", {}, { "404.html": "<p>not" }, "/a", [404, "<p>not"], (site) => {
+    return write(site, "a", "new");
+  }, [200, "new"]],
+  ["no file", {}, { a: "old" }, "/a", [200, "old"], (site) => Deno.remove(`${site}/a`), [404]],
+  ["a page where a file stood", {}, { a: "old", "a.html": "<p>page" }, "/a", [200, "old"], (site) => {
+    return Deno.remove(`${site}/a`);
+  }, [200, "<p>page"]],
+  ["a file before a page", {}, { "a.html": "<p>page" }, "/a", [200, "<p>page"], (site) => {
+    return write(site, "a", "new");
+  }, [200, "new"]],
+  ["a folder before a page", {}, { "a.html": "<p>page" }, "/a", [200, "<p>page"], (site) => {
+    return Deno.mkdir(`${site}/a`);
+  }, [301]],
+  ["a folder where a file stood", {}, { a: "old" }, "/a", [200, "old"], async (site) => {
+    await Deno.remove(`${site}/a`);
+    await Deno.mkdir(`${site}/a`);
+  }, [301]],
+  ["an index where a listing stood", {}, { "f/a": "" }, "/f/", [200], (site) => {
+    return write(site, "f/index.html", "<p>index");
+  }, [200, "<p>index"]],
+  ["a file that is moved over another", {}, { a: "old", b: "new" }, "/a", [200, "old"], (site) => {
+    return Deno.rename(`${site}/b`, `${site}/a`);
+  }, [200, "new"]],
+  ["a link where a file stood", {}, { a: "old", b: "new" }, "/a", [200, "old"], async (site) => {
+    await Deno.remove(`${site}/a`);
+    await Deno.symlink("b", `${site}/a`);
+  }, [200, "new"]],
+  ["a folder that is moved over another", {}, { "f/a": "old", "g/a": "new" }, "/f/a", [200, "old"], async (site) => {
+    await Deno.rename(`${site}/f`, `${site}/h`);
+    await Deno.rename(`${site}/g`, `${site}/f`);
+  }, [200, "new"]],
+  ["no folder that is moved out of ROOT and linked to", {}, { "f/a": "old" }, "/f/a", [200, "old"], async (site) => {
+    await Deno.rename(`${site}/f`, `${site}-moved`);
+    await Deno.symlink(`${site}-moved`, `${site}/f`);
+  }, [404]],
+  ["no file that is moved out of ROOT and linked to", {}, { a: "old" }, "/a", [200, "old"], async (site) => {
+    await Deno.rename(`${site}/a`, `${site}-moved`);
+    await Deno.symlink(`${site}-moved`, `${site}/a`);
+  }, [404]],
+  [
+    "what is moved out of ROOT and linked to, if it may",
+    { followLinks: true },
+    { a: "old" },
+    "/a",
+    [200, "old"],
+    async (site) => {
+      await Deno.rename(`${site}/a`, `${site}-moved`);
+      await Deno.writeTextFile(`${site}-moved`, "new");
+      await Deno.symlink(`${site}-moved`, `${site}/a`);
+    },
+    [200, "new"],
+  ],
+  ["a folder in the place of ROOT", {}, { a: "old" }, "/a", [200, "old"], async (site) => {
+    await Deno.rename(site, `${site}-moved`);
+    await write(site, "a", "new");
+  }, [200, "new"]],
+];
+
+/** Writes a file, and the folders that it needs. */
+async function write(site: string, name: string, text: string): Promise<void> {
+  const path = `${site}/${name}`;
+  await Deno.mkdir(path.replace(/[^/]*$/, ""), { recursive: true });
+  await Deno.writeTextFile(path, text);
+}
+
+/** Asks until the answer is what it should soon be. */
+async function soon(client: Client, target: string, [status, text]: [status: number, text?: string]): Promise<void> {
+  for (let i = 0;; i++) {
+    // Heads alike, and heads that never came before.
+    await client.send(get(target) + get(`${target}?${i}`));
+    const replies = [await client.receive(), await client.receive()];
+    if (replies.every((reply) => reply.status === status && (text === undefined || textOf(reply) === text))) return;
+    await delay(5);
+  }
+}
+
+for (const [says, options, tree, target, before, change, after] of APPEARANCES) {
+  Deno.test(`placeOf() soon sees ${says}: ${target}`, { ignore: ON_WINDOWS }, async () => {
+    const site = Object.entries(tree).map(([name, content]) => [`site/${name}`, content]);
+    const planted = { "site/": "", "site/b.html": "<p>b", ...Object.fromEntries(site) };
+    await using server = await serveTree(planted, { ...options, root: "site" });
+    using client = await Client.connect(server);
+    for (let i = 0; i < 2; i++) await soon(client, target, before);
+    await change(`${server.path}/site`);
+    await soon(client, target, after);
+    for (let i = 0; i < 3; i++) {
+      const { status } = await ask(server, get(target));
+      assertEquals(status, after[0], "and so it stays");
+    }
+  });
+}
+
+Deno.test("Site is where ROOT leads: a link that is swapped at any time", { ignore: ON_WINDOWS }, async () => {
+  await using tree = await plant({ "1/a.txt": "first", "1/b.txt": "b", "2/a.txt": "second", "2/c.txt": "c" });
+  const current = `${tree.path}/current`;
+  const swap = async (release: string) => {
+    await Deno.symlink(release, `${current}.new`);
+    await Deno.rename(`${current}.new`, current);
+  };
+  await swap("1");
+  await using server = serve({ port: 0, root: current });
+  using client = await Client.connect(server);
+  for (let i = 0; i < 3; i++) {
+    await soon(client, "/a.txt", [200, "first"]);
+    await soon(client, "/b.txt", [200, "b"]);
+    await soon(client, "/c.txt", [404]);
+    await swap("2");
+    await soon(client, "/a.txt", [200, "second"]);
+    await soon(client, "/b.txt", [404]);
+    await soon(client, "/c.txt", [200, "c"]);
+    await swap("1");
+  }
+  // The old release may go: nothing is asked of it any more.
+  await swap("2");
+  await soon(client, "/a.txt", [200, "second"]);
+  await Deno.remove(`${tree.path}/1`, { recursive: true });
+  await soon(client, "/a.txt", [200, "second"]);
+});
+
+Deno.test("Site is where ROOT leads: a folder on the way that is a link", { ignore: ON_WINDOWS }, async () => {
+  await using tree = await plant({ "1/public/a.txt": "first", "2/public/a.txt": "second" });
+  await Deno.symlink("1", `${tree.path}/current`);
+  await using server = serve({ port: 0, root: `${tree.path}/current/public` });
+  using client = await Client.connect(server);
+  await soon(client, "/a.txt", [200, "first"]);
+  await Deno.symlink("2", `${tree.path}/new`);
+  await Deno.rename(`${tree.path}/new`, `${tree.path}/current`);
+  await soon(client, "/a.txt", [200, "second"]);
+});
+
+Deno.test("Site is a file that may be replaced", async () => {
+  await using server = await serveTree({ "a.txt": "first", "new.txt": "second" }, { root: "a.txt" });
+  using client = await Client.connect(server);
+  await soon(client, "/", [200, "first"]);
+  await Deno.rename(`${server.path}/new.txt`, `${server.path}/a.txt`);
+  await soon(client, "/", [200, "second"]);
+  await soon(client, "/a.txt", [200, "second"]);
+  await Deno.writeTextFile(`${server.path}/a.txt`, "third");
+  await soon(client, "/", [200, "third"]);
+});
+
+Deno.test("Site that is gone is a 503 until it is back, and one line of the log", { ignore: ON_WINDOWS }, async () => {
+  await using tree = await plant({ "site/a.txt": "a", "site/b.txt": "b" });
+  const root = `${tree.path}/site`, moved = `${tree.path}/moved`;
+  const { log } = await logging({ root, routes: [] }, async (server) => {
+    using client = await Client.connect(server);
+    for (let i = 0; i < 2; i++) {
+      await soon(client, "/a.txt", [200, "a"]);
+      await Deno.rename(root, moved);
+      await soon(client, "/a.txt", [503]);
+      for (const target of ["/a.txt", "/b.txt", "/", "/nowhere"]) {
+        const reply = await getAndHead(server, target);
+        assertEquals([reply.status, reply.fields.has("retry-after")], [503, true]);
+      }
+      await Deno.rename(moved, root);
+      await soon(client, "/a.txt", [200, "a"]);
+      await soon(client, "/b.txt", [200, "b"]);
+    }
+  });
+  const said = log.split("\n").filter((line) => line.startsWith("charserve:"));
+  assertEquals(said, Array(2).fill(`charserve: ROOT is not there any more: ${root}`));
+});
+
+Deno.test("Site that goes while a file is read leaves the server running", { ignore: ON_WINDOWS }, async () => {
+  await using tree = await plant({ "site/a.txt": "abcdefgh".repeat(100_000) });
+  const root = `${tree.path}/site`;
+  const { log } = await logging({ root, routes: [[/^\/up$/, () => "up"]] }, async (server) => {
+    using client = await Client.connect(server);
+    // Compressing takes some turns: meanwhile the folder goes.
+    await client.send(get("/a.txt", "Accept-Encoding: gzip"));
+    const reply = client.receive();
+    await delay(15);
+    await Deno.rename(root, `${tree.path}/moved`);
+    await reply;
+    assertEquals(textOf(await ask(server, get("/up"))), "up");
+  });
+  assert(!log.includes("error"), log);
+});
+
+/** Lets one call of the file system fail, as a disk does that is broken. */
+async function whileFailing<T>(name: "lstatSync" | "realPathSync" | "open", use: () => Promise<T>): Promise<T> {
+  const real = Deno[name];
+  const fail = () => {
+    throw Object.assign(new Error("Input/output error (os error 5)"), { code: "EIO" });
+  };
+  Deno[name] = fail;
+  return await use().finally(() => Object.assign(Deno, { [name]: real }));
+}
+
+for (const name of ["lstatSync", "realPathSync", "open"] as const) {
+  Deno.test(`absence() is not what a broken disk shows in ${name}: 500, and a line of the log`, async () => {
+    await using tree = await plant({ "a.txt": "a", "404.html": "<p>404" });
+    const { log } = await logging({ root: tree.path, routes: [], fallback: "404.html" }, async (server) => {
+      const target = "/a.txt";
+      assertEquals((await whileFailing(name, () => ask(server, get(target)))).status, 500);
+      assertEquals((await getAndHead(server, target)).status, 200, "the disk is in order again");
+    });
+    assertMatch(log, /^charserve: error: GET \/a\.txt HTTP\/1\.1: Error: Input\/output error \(os error 5\)$/m);
   });
 }
 
@@ -1932,6 +2404,235 @@ for (const [says, content, status] of CHANGES) {
     }
   });
 }
+
+/** Changes that neither size nor time of a file show. */
+const UNSEEN: readonly [says: string, change: (path: string, content: Uint8Array) => Promise<void>][] = [
+  ["written over", async (path, content) => {
+    await Deno.writeFile(path, content);
+    await Deno.utime(path, TIME, TIME);
+  }],
+  ["replaced by a rename", async (path, content) => {
+    await Deno.writeFile(`${path}.new`, content);
+    await Deno.utime(`${path}.new`, TIME, TIME);
+    await Deno.rename(`${path}.new`, path);
+  }],
+  ["removed and made again", async (path, content) => {
+    await Deno.remove(path);
+    await Deno.writeFile(path, content);
+    await Deno.utime(path, TIME, TIME);
+  }],
+];
+
+/** What is changed, what is asked for, and how. */
+const CHANGED: readonly [says: string, name: string, size: number, target: string, ...fields: string[]][] = [
+  ["a file", "a.txt", 3, "/a.txt"],
+  ["a file, converted", "a.txt", 3, "/a.txt", "Accept-Charset: utf-16le"],
+  ["a file, compressed", "a.txt", 2000, "/a.txt", "Accept-Encoding: gzip"],
+  ["a large file", "a.bin", 1_200_000, "/a.bin"],
+  ["a large file, converted", "a.txt", 1_200_000, "/a.txt", "Accept-Charset: utf-16le"],
+  ["the compressed one beside a file", "b.css.gz", 9, "/b.css", "Accept-Encoding: gzip"],
+  ["an index", "index.html", 9, "/"],
+  ["a fallback", "index.html", 9, "/no/where"],
+];
+
+for (const [how, change] of UNSEEN) {
+  for (const [says, name, size, target, ...fields] of CHANGED) {
+    Deno.test(`describeFile() sees ${says} ${how}, with the same size and time: ${name}`, async () => {
+      const content = (letter: string) => bytesOf(letter.repeat(size));
+      const tree = { "b.css": "plain", "index.html": "", [name]: content("a") };
+      await using server = await serveTree(tree, { fallback: "index.html" });
+      const path = `${server.path}/${name}`, tags = new Set<string>();
+      let last = "";
+      for (const letter of "abcdefgh") {
+        await change(path, content(letter));
+        for (let i = 0; i < 2; i++) { // The second one may come from memory.
+          const reply = await getAndHead(server, target, ...fields);
+          const text = name.endsWith(".gz") ? latin1(reply.content) : await plainText(reply);
+          assert(text === letter.repeat(size), `${letter} is there, ${text[0]} was sent`);
+          last = reply.fields.get("etag")!;
+        }
+        assert(!tags.has(last), "the tag of another state");
+        tags.add(last);
+      }
+      await change(path, content("z"));
+      // Who has the old one, or a part of it, must not be told that it is the same.
+      const asked = [`If-None-Match: ${last}`, `If-Match: ${last}`, `Range: bytes=1-1\r\nIf-Range: ${last}`];
+      const replies = [];
+      for (const field of asked) replies.push(await ask(server, get(target, ...fields, field)));
+      assertEquals(replies.map(({ status }) => status), [200, 412, 200]);
+    });
+  }
+}
+
+/** Content without its coding, and decoded. */
+const plainText = async (reply: Reply) => new TextDecoder(charsetOf(reply)).decode(await decompressed(reply));
+
+Deno.test("describeFile() gives a file that rests one tag, and keeps what is made of it", async () => {
+  await using server = await serveTree({ "a.txt": "a".repeat(2000), "b.txt": "b", "b.txt.gz": "gzipped" });
+  // What was asked for while another change might not have shown is trusted later, too.
+  for (const name of ["/a.txt", "/b.txt"]) await ask(server, get(name, "Accept-Encoding: gzip"));
+  await delay(1100);
+  const tags = new Set<string | undefined>();
+  const fields = ["Accept-Encoding: gzip"];
+  const first = await ask(server, get("/a.txt", ...fields)), beside = await ask(server, get("/b.txt", ...fields));
+  const opens = await counting("open", async () => {
+    for (const [target, reply] of [["/a.txt", first], ["/b.txt", beside]] as const) {
+      const etag = reply.fields.get("etag");
+      for (let i = 0; i < 3; i++) {
+        const again = await getAndHead(server, target, ...fields);
+        assertEquals([again.content, again.fields.get("etag")], [reply.content, etag]);
+        const part = await ask(server, get(target, ...fields, "Range: bytes=1-3", `If-Range: ${etag}`));
+        assertEquals([part.status, part.content], [206, reply.content.slice(1, 4)]);
+        const known = await ask(server, get(`${target}?${i}`, ...fields, `If-None-Match: ${etag}`, `X: ${i}`));
+        assertEquals([known.status, known.fields.get("etag")], [304, etag]);
+        tags.add(etag);
+      }
+    }
+  });
+  assertEquals([tags.size, opens], [2, 0], "HEAD, 206 and 304 of what is kept open no file");
+});
+
+/** How often a function of the file system is called meanwhile. */
+async function counting(name: "open", use: () => Promise<void>): Promise<number> {
+  const real = Deno[name];
+  let count = 0;
+  Deno[name] = (...args) => {
+    count++;
+    return real(...args);
+  };
+  await use().finally(() => Object.assign(Deno, { [name]: real }));
+  return count;
+}
+
+Deno.test("placeOf() forgets what rested when it leads out of ROOT", { ignore: ON_WINDOWS }, async () => {
+  await using server = await serveTree({ "site/f/a.txt": "inside", "site/b.txt": "b" }, { root: "site" });
+  await delay(1100);
+  using client = await Client.connect(server);
+  for (let i = 0; i < 3; i++) await soon(client, "/f/a.txt", [200, "inside"]);
+  await Deno.rename(`${server.path}/site/f`, `${server.path}/f`);
+  await Deno.symlink(`${server.path}/f`, `${server.path}/site/f`);
+  await soon(client, "/f/a.txt", [404]);
+});
+
+Deno.test("describeFile() gives a file from the future one tag, and a Last-Modified that is not", async () => {
+  await using server = await serveTree({ "a.txt": "a".repeat(2000) });
+  const future = new Date(Date.now() + 10 * 60 * 60 * 1000);
+  await Deno.utime(`${server.path}/a.txt`, future, future);
+  await delay(1100);
+  const tags = new Set<string>();
+  const opens = await counting("open", async () => {
+    for (let i = 0; i < 4; i++) {
+      const { fields } = await getAndHead(server, `/a.txt?${i}`, "Accept-Encoding: gzip");
+      assert(Date.parse(fields.get("last-modified")!) <= Date.parse(fields.get("date")!), "RFC 9110 §8.8.2.1");
+      tags.add(fields.get("etag")!);
+    }
+    const [etag] = tags;
+    const known = await ask(server, get("/a.txt", "Accept-Encoding: gzip", `If-None-Match: ${etag}`));
+    assertEquals(known.status, 304);
+  });
+  assertEquals([tags.size, opens], [1, 1], "it is read once");
+});
+
+/** The byte at each place of a file that grows. */
+const grown = (start: number, length: number) => Uint8Array.from({ length }, (_, i) => (start + i) % 251);
+
+/** Appends to a file, again and again, until it is told to stop. */
+async function grow(path: string, step: number, isOver: () => boolean): Promise<void> {
+  using file = await Deno.open(path, { append: true });
+  for (let size = (await file.stat()).size; !isOver(); size += step) {
+    await file.write(grown(size, step));
+    await delay(1);
+  }
+}
+
+const GROWING: readonly [says: string, size: number, step: number][] = [
+  ["a short log", 1000, 100],
+  ["a file that is kept", 94_000, 1000],
+  ["a file on the way beyond what is kept", 1_000_000, 10_000],
+  ["a large file", 4_000_000, 10_000],
+];
+
+for (const [says, size, step] of GROWING) {
+  Deno.test(`readFile() sends a file that grows as long as it was: ${says}`, async () => {
+    await using server = await serveTree({ "a.bin": grown(0, size) });
+    let isOver = false;
+    const growing = grow(`${server.path}/a.bin`, step, () => isOver);
+    try {
+      for (let i = 0; i < 20; i++) {
+        using client = await Client.connect(server);
+        await client.send(
+          get("/a.bin") + get("/a.bin").replace("GET", "HEAD") + get("/a.bin", "Range: bytes=100-999") +
+            get(`/a.bin?${i}`, "Range: bytes=-500") + get("/a.bin", `Range: bytes=${size}-`),
+        );
+        const whole = await client.receive();
+        assertEquals(whole.status, 200);
+        assert(whole.content.length >= size && hasGrown(whole.content, 0), "what was there, and no less");
+        const bare = await client.receive("HEAD");
+        assert(bare.status === 200 && Number(bare.fields.get("content-length")) >= whole.content.length);
+        for (let i = 0; i < 3; i++) {
+          const part = await client.receive();
+          if (i === 2 && part.status === 416) continue; // It has not grown yet.
+          const [, first, last] = /^bytes (\d+)-(\d+)\/\d+$/.exec(part.fields.get("content-range") ?? "") ?? [];
+          assertEquals([part.status, part.content.length], [206, Number(last) - Number(first) + 1]);
+          assert(hasGrown(part.content, Number(first)));
+        }
+      }
+    } finally {
+      isOver = true;
+      await growing;
+    }
+  });
+}
+
+/** Whether these bytes are those of a file that grows, from there on. */
+const hasGrown = (bytes: Uint8Array, start: number) => bytes.every((byte, i) => byte === (start + i) % 251);
+
+/** What becomes of a large file while it is on its way: whether that ends it. */
+const ON_THE_WAY: readonly [says: string, change: (path: string) => Promise<unknown>, ends: boolean][] = [
+  ["replaced by a rename", async (path) => {
+    await Deno.writeTextFile(`${path}.new`, "new");
+    await Deno.rename(`${path}.new`, path);
+  }, false],
+  ["removed", (path) => Deno.remove(path), false],
+  ["moved away, as logs are", (path) => Deno.rename(path, `${path}.1`), false],
+  ["longer", (path) => Deno.writeTextFile(path, "more", { append: true }), false],
+  ["written over", async (path) => {
+    using file = await Deno.open(path, { write: true });
+    await file.write(bytesOf("x".repeat(1000)));
+  }, true],
+  ["written over, with the same time", async (path) => {
+    const { size, mtime } = await Deno.stat(path);
+    await Deno.writeFile(path, new Uint8Array(size));
+    await Deno.utime(path, mtime!, mtime!);
+  }, true],
+  ["shorter", (path) => Deno.truncate(path, 1000), true],
+];
+
+Deno.test("streamFile() sends a large file to its end, or breaks off, whatever becomes of it", {
+  ignore: ON_WINDOWS,
+}, async (test) => {
+  const size = 32 * 1024 * 1024, names = ON_THE_WAY.map((_, i) => `${i}.bin`);
+  await using server = await serveTree(Object.fromEntries(names.map((name) => [name, ""])));
+  for (const name of names) await Deno.truncate(`${server.path}/${name}`, size);
+  for (const name of names) await Deno.utime(`${server.path}/${name}`, TIME, TIME);
+  await delay(1100); // So that a change shows in the time of the last change, which has seconds.
+  for (const [i, [says, change, ends]] of ON_THE_WAY.entries()) {
+    await test.step(`${ends ? "breaks off" : "goes on with"} one that is ${says}`, async () => {
+      using client = await Client.connect(server);
+      await client.send(get(`/${names[i]}`));
+      const piece = new Uint8Array(65536);
+      let length = await client.conn.read(piece) ?? 0;
+      await change(`${server.path}/${names[i]}`);
+      while (length < size) {
+        const count = await client.conn.read(piece);
+        if (count === null) break;
+        length += count;
+      }
+      assertEquals(length < size, ends);
+      assert(!client.closed);
+    });
+  }
+});
 
 /** More than is kept in memory, and no piece of which ends where a character does. */
 const LONG_TEXT = "<p>\u4f60\u597d\u3042\u0416, a" + "\u4f60\u597d\u3042\u0416, ab\n".repeat(200_000);
