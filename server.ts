@@ -2553,18 +2553,26 @@ async function readFully(file: Deno.FsFile, buffer: Uint8Array): Promise<number>
 
 /** Opens a file of the site: what is opened was reached without a link, however fast somebody swaps folders and links. */
 async function openFile(server: HttpServer, path: string): Promise<Deno.FsFile> {
+  for (let attempt = 0; attempt < READ_ATTEMPTS; attempt++) {
+    const file = await openInTime(path), info = await file?.stat();
+    if (file === undefined || info === undefined) break;
+    if (info.isFile && (server.settings.followLinks || isReached(path, (found) => isSameFile(found, info)))) {
+      return file;
+    }
+    // Another may have taken its place meanwhile, as it should be.
+    file.close();
+  }
+  throw new HttpError(404, "Nothing is here any more");
+}
+
+/** Opens a file; undefined if there is none, or if that takes too long, as it does with a pipe that nobody writes to. */
+async function openInTime(path: string): Promise<Deno.FsFile | undefined> {
   const opening = Deno.open(path), late = Promise.withResolvers<undefined>();
   const timer = setTimeout(() => late.resolve(undefined), OPEN_TIME);
   const file = await Promise.race([opening, late.promise]).catch(absence);
   clearTimeout(timer);
-  if (file === undefined) {
-    opening.then((file) => file.close(), () => {});
-    throw new HttpError(404, "Nothing is here any more");
-  }
-  const info = await file.stat();
-  if (info.isFile && (server.settings.followLinks || isReached(path, (found) => isSameFile(found, info)))) return file;
-  file.close();
-  throw new HttpError(404, "Nothing is here any more");
+  if (file === undefined) opening.then((file) => file.close(), () => {});
+  return file;
 }
 
 /** How many looks decide that something was reached without a link. */
