@@ -261,6 +261,7 @@ class HttpServer implements Server {
           isFile: info.isFile,
           direct: { since: now, folders: new Set() },
           places: new Cache(CACHE_SIZE),
+          hints: new Cache(HINTS_SIZE),
         };
     }
     const changes = [info, statOf(this.root!)].map((each) => each === undefined ? now : changeTime(each, now));
@@ -1469,8 +1470,10 @@ class Exchange implements Incoming {
     const bytes = await this.bytes(), field = this.header("content-type") ?? "text/plain";
     const label = /;[ \t]?charset="?([^\s";]+)/i.exec(field)?.[1]?.toLowerCase();
     if (label !== undefined && !LABELS.includes(label)) throw new HttpError(415, `The charset "${label}" is unknown`);
-    const declared = label === undefined ? storedEncoding(bytes, essenceOf(field)) : encodingOf(label);
-    return decodeText(bytes, sniffByteOrderMark(bytes) ?? declared ?? this.charset);
+    const said = label === undefined ? saidEncoding(bytes, essenceOf(field)) : encodingOf(label);
+    const inForce = new Map([[this.charset, IN_FORCE_BITS]]);
+    const encoding = sniffByteOrderMark(bytes) ?? said ?? detectedEncoding(bytes, inForce, false).encoding;
+    return decodeText(bytes, encoding ?? this.charset);
   }
 
   async form(): Promise<URLSearchParams> {
@@ -1584,18 +1587,22 @@ function acceptedCharset(accept: string, preferred: string): string | undefined 
  * that the page's charset lacks: such a reference, and no other, is that character.
  */
 function parseForm(encoded: string, charset: string): URLSearchParams {
-  const named = /(?:^|&)_charset_=([^&]+)/.exec(encoded)?.[1]?.toLowerCase();
-  const strict = named !== undefined && LABELS.includes(named) ? encodingOf(named) : undefined;
-  const decode = (part: string) => {
-    const spaced = part.replaceAll("+", " ");
-    const text = strict ? decodeText(percentDecode(spaced), strict) : percentDecodeText(spaced, charset);
-    return withoutReferences(text, strict ?? charset);
-  };
   const pairs = encoded.split("&").filter((pair) => pair !== "").map((pair) => {
-    const [name, ...value] = pair.split("=");
-    return [decode(name!), decode(value.join("="))];
+    const [name, ...value] = pair.split("=").map((part) => percentDecode(part.replaceAll("+", " ")));
+    return [latin1(name!), concat(value.flatMap((part, i) => i === 0 ? [part] : [EQUALS, part]))] as const;
   });
-  return new URLSearchParams(pairs);
+  return decodeForm(pairs, charset);
+}
+
+const EQUALS = new TextEncoder().encode("=");
+
+/** The text of a form that is still bytes; names are one character a byte. */
+function decodeForm(pairs: readonly (readonly [name: string, value: Uint8Array])[], charset: string): URLSearchParams {
+  const named = pairs.find(([name]) => name === "_charset_")?.[1], label = named && latin1(named).toLowerCase();
+  const strict = label !== undefined && LABELS.includes(label) ? encodingOf(label) : undefined;
+  const decode = (bytes: Uint8Array) =>
+    withoutReferences(strict ? decodeText(bytes, strict) : decodeInForce(bytes, charset), strict ?? charset);
+  return new URLSearchParams(pairs.map(([name, value]) => [decode(latin1Bytes(name)), decode(value)]));
 }
 
 /** Turns `&#N;` back into characters that the charset lacks. */
@@ -1689,6 +1696,8 @@ interface Site {
   readonly direct: { since: number; readonly folders: Set<string> };
   /** What paths lead to, by path, and by the charset that they were read in where that matters. */
   readonly places: Cache<Place>;
+  /** What the files of folders are in, and since when that is known, in milliseconds. */
+  readonly hints: Cache<{ readonly since: number; readonly found: Promise<ReadonlyMap<string, number>> }>;
 }
 
 /** What a path led to. */
@@ -1873,7 +1882,7 @@ function absence(error: unknown): undefined {
 const SEPARATOR = Deno.build.os === "windows" ? "\\" : "/";
 
 const parentOf = (path: string) => path.slice(0, Math.max(1, path.lastIndexOf(SEPARATOR)));
-const pathBelow = ({ path }: Site, ...names: string[]) =>
+const pathBelow = ({ path }: Pick<Site, "path">, ...names: string[]) =>
   [path === SEPARATOR ? "" : path, ...names].join(SEPARATOR) || path;
 const nameOf = (path: string) => path.slice(path.lastIndexOf(SEPARATOR) + 1);
 
@@ -1883,11 +1892,10 @@ const IMPOSSIBLE_NAME = Deno.build.os === "windows"
   ? /[\x00-\x1f\/\\:*?"<>|]|[. ]$|^(?:con|prn|aux|nul|conin\$|conout\$|(?:com|lpt)[\d¹²³]) *(?:\.|$)/i
   : /\0/;
 
-/** Finds what a path names: read as UTF-8 first, then in the charset in force, and in the site's. */
+/** Finds what a path names, in the first reading of it that names something. */
 function findPath(exchange: Exchange, site: Site, evidence: Evidence): Resource | undefined {
-  const { server, head } = exchange, find = (path: string) => look(server, site, evidence, path);
-  const charsets = ["utf-8", exchange.charset, siteCharset(server)];
-  for (const path of new Set(charsets.map((charset) => percentDecodeText(head.path, charset)))) {
+  const { server } = exchange, find = (path: string) => look(server, site, evidence, path);
+  for (const path of readingsOfPath(exchange)) {
     const found = site.isFile
       ? findRootFile(site, path, evidence, find)
       : findBelow(server, site, path, evidence, find);
@@ -1896,9 +1904,17 @@ function findPath(exchange: Exchange, site: Site, evidence: Evidence): Resource 
   return undefined;
 }
 
-/** The charset of a site's old links. */
-function siteCharset({ settings }: HttpServer): string {
-  return settings.sourceCharset === "auto" ? "utf-8" : settings.sourceCharset;
+/** Most charsets that a path is read in, besides those that are in force. */
+const PATH_READINGS = 6;
+
+/** What a path may read as: UTF-8, or in the charset in force, or as old links are: in what makes it the most ordinary text. */
+function readingsOfPath({ head: { path }, charset, server }: Exchange): ReadonlySet<string> {
+  const { sourceCharset } = server.settings, bytes = percentDecode(path);
+  if (isPlain(path)) return new Set([path]);
+  if (isValid(bytes, "utf-8")) return new Set([decodeText(bytes, "utf-8"), decodeText(bytes, charset)]);
+  const detected = detect(bytes).slice(0, PATH_READINGS).map(({ encoding }) => encoding);
+  const charsets = [charset, ...(sourceCharset === "auto" ? [] : [sourceCharset]), ...detected];
+  return new Set(charsets.map((name) => decodeText(bytes, name)));
 }
 
 type Find = (path: string) => Found | undefined;
@@ -2256,6 +2272,8 @@ const BUFFERED_LIMIT = 1024 * 1024;
 const PIECE_SIZE = 256 * 1024;
 /** Smallest content worth compressing, in bytes. */
 const COMPRESSION_LEAST = 1024;
+/** What is kept of the charsets of folders, in bytes. */
+const HINTS_SIZE = 1024 * 1024;
 /** What is kept of a site, in bytes. */
 const CACHE_SIZE = 64 * 1024 * 1024;
 /** A file younger than this is not kept in memory, where times are exact, in milliseconds. */
@@ -2317,6 +2335,8 @@ interface Nature {
   readonly type: string;
   /** What its text is stored in; undefined if that is unknown, or it is no text: then it is never converted. */
   readonly encoding: string | undefined;
+  /** Whether that is sure enough for a label: it was said, or detected by a clear margin. */
+  readonly isSure: boolean;
   /** It is compressed, and its name says what is in it: `game.wasm.br`. */
   readonly coding?: Coding | undefined;
 }
@@ -2324,6 +2344,10 @@ interface Nature {
 /** A file as it will be sent: in which charset and coding, and whose bytes. */
 interface Variant {
   readonly encoding: string | undefined;
+  /** The same, if it is sure enough to be said. */
+  readonly label: string | undefined;
+  /** Whether a byte-order mark is put before it. */
+  readonly hasMark: boolean;
   readonly coding: Coding | undefined;
   /** The file itself, or a compressed one beside it. */
   readonly source: FileFound;
@@ -2338,12 +2362,14 @@ function representFile(exchange: Exchange, file: FileFound, status: 200 | 404): 
     : reply(exchange, kept, status);
 }
 
-const keyOf = ({ encoding, coding }: Variant) => `${encoding} ${coding}`;
+const keyOf = ({ encoding, label, hasMark, coding }: Variant) =>
+  `${encoding} ${label} ${coding}${hasMark ? " mark" : ""}`;
 
 /** The response to a request for a file that has to be read, or waited for. */
 async function loadFile(exchange: Exchange, found: FileFound, status: 200 | 404): Promise<Message> {
   const { file, bytes } = await readShared(exchange.server, found);
-  const nature = file.nature ??= natureOf(exchange.server, file, bytes), selected = select(exchange, file, nature);
+  const nature = file.nature ??= await natureOf(exchange.server, file, bytes);
+  const selected = select(exchange, file, nature);
   const isBeside = selected.source !== file, isSettled = file.isSettled;
   const source = isBeside ? await readShared(exchange.server, selected.source) : { file, bytes };
   const variant = { ...selected, source: source.file };
@@ -2371,17 +2397,25 @@ function keep({ variants, evidence }: FileFound, key: string, message: WholeMess
 }
 
 /** Which representation of a file answers a request (RFC 9110 §12.1, "proactive negotiation"). */
-function select(exchange: Exchange, file: FileFound, { type, encoding: stored, coding: own }: Nature): Variant {
-  const rule = charsetRule(type), wanted = rule === "any" ? exchange.selectedCharset : "utf-8";
+function select(exchange: Exchange, file: FileFound, { type, encoding: stored, isSure, coding: own }: Nature): Variant {
+  const rule = charsetRule(type), wanted = rule === "any" ? exchange.selectedCharset : isSure ? "utf-8" : undefined;
   const encoding = stored === undefined ? undefined : wanted ?? stored;
-  if (own !== undefined) return { encoding: stored, coding: own, source: file };
+  const label = isSure || wanted !== undefined ? encoding : undefined;
+  const hasMark = encoding !== stored && encoding!.startsWith("utf-") && asksForMark(exchange);
+  const variant = { encoding, label, hasMark, source: file };
+  if (own !== undefined) return { ...variant, encoding: stored, coding: own };
   const accepted = acceptedCodings(exchange.header("accept-encoding"));
   for (const coding of encoding === stored ? accepted : []) {
     const source = siblingOf(exchange.server, file, coding);
-    if (source !== undefined) return { encoding, coding, source };
+    if (source !== undefined) return { ...variant, coding, source };
   }
   const isWorthwhile = isCompressible(type) && file.size >= COMPRESSION_LEAST && file.size <= BUFFERED_LIMIT;
-  return { encoding, coding: isWorthwhile ? ownCoding(accepted, file.size) : undefined, source: file };
+  return { ...variant, coding: isWorthwhile ? ownCoding(accepted, file.size) : undefined };
+}
+
+/** `?bom=1`: a byte-order mark before converted text, for programs that look for nothing else. */
+function asksForMark({ head, query }: Exchange): boolean {
+  return head.query !== undefined && head.query.includes("bom=") && query.get("bom") === "1";
 }
 
 /** The best of the codings that we can make, if we are not too busy. */
@@ -2405,14 +2439,15 @@ const tagOf = ({ tag, digest }: FileFound) => digest === undefined ? tag : `${ta
 
 /** What a response for a file says of it. */
 function describeVariant(server: HttpServer, file: FileFound, nature: Nature, variant: Variant) {
-  const { type, encoding: stored } = nature, { encoding, coding, source } = variant, { settings } = server;
-  const conversion = encoding === stored ? "" : `-${stored}.${encoding}.${settings.unmappable[0]}`;
+  const { type, encoding: stored } = nature, { encoding, label, hasMark, coding, source } = variant;
+  const { settings } = server;
+  const conversion = encoding === stored ? "" : `-${stored}.${encoding}${hasMark ? "+" : "."}${settings.unmappable[0]}`;
   const etag = `"${tagOf(file)}${conversion}${coding ? `-${coding}` : ""}${
     source === file ? "" : `-${tagOf(source)}`
   }"`;
   const vary = [charsetRule(type) === "any" && "Accept-Charset", (coding || isCompressible(type)) && "Accept-Encoding"];
   const fields: Field[] = [
-    ["Content-Type", contentType(type, encoding, settings.declare)],
+    ["Content-Type", contentType(type, label, settings.declare)],
     ...(coding ? [["Content-Encoding", coding] as const] : []),
     ...(vary.some(Boolean) ? [["Vary", vary.filter(Boolean).join(", ")] as const] : []),
     ["Last-Modified", formatDate(file.time)],
@@ -2420,7 +2455,7 @@ function describeVariant(server: HttpServer, file: FileFound, nature: Nature, va
     ["Cache-Control", "no-cache"],
     ["Accept-Ranges", "bytes"],
   ];
-  return { status: 200, fields, charset: encoding, validators: { etag, time: file.time } };
+  return { status: 200, fields, charset: label, validators: { etag, time: file.time } };
 }
 
 /** A small file, as it will be sent. */
@@ -2434,7 +2469,7 @@ async function wholeMessage(
   const described = describeVariant(server, file, nature, variant), kept = { date: "", composed: [] };
   if (variant.source !== file) return { ...described, content: bytes, kept };
   const { encoding, coding } = variant;
-  const make = () => encoding === nature.encoding ? { bytes, lost: 0 } : convert(server, nature, encoding!, bytes);
+  const make = () => encoding === nature.encoding ? { bytes, lost: 0 } : convert(server, nature, variant, bytes);
   if (coding === undefined || coding === nature.coding) {
     const { bytes: content, lost } = make();
     return { ...described, content, lost, kept };
@@ -2443,9 +2478,10 @@ async function wholeMessage(
 }
 
 /** Decodes, corrects the declaration inside, encodes. */
-function convert(server: HttpServer, { type, encoding: stored }: Nature, encoding: string, bytes: Uint8Array): Encoded {
-  const text = rewriteDeclarations(decodeText(bytes, stored!), type, encoding);
-  return encodeText(text, encoding, unmappableFor(server.settings.unmappable, type));
+function convert(server: HttpServer, { type, encoding: stored }: Nature, variant: Variant, bytes: Uint8Array): Encoded {
+  const text = rewriteDeclarations(decodeText(bytes, stored!), type, variant.encoding!);
+  const mode = unmappableFor(server.settings.unmappable, type);
+  return encodeText(variant.hasMark ? `\ufeff${text}` : text, variant.encoding!, mode);
 }
 
 /** `auto` writes character references where they mean the character, and question marks elsewhere. */
@@ -2462,10 +2498,62 @@ function reply(exchange: Exchange, message: Message, status: 200 | 404): Message
 }
 
 /** What a file is: by its name, and by what is in it where the name does not say enough. */
-function natureOf(server: HttpServer, file: FileFound, sample: Uint8Array): Nature {
+async function natureOf(server: HttpServer, file: FileFound, sample: Uint8Array): Promise<Nature> {
   const { type: named, coding } = typeOfName(file.name, server.settings.type), type = typeOfContent(named, sample);
-  if (coding !== undefined || charsetRule(type) === "none") return { type, encoding: undefined, coding };
-  return { type, encoding: storedEncoding(sample, type, file.size > sample.length) };
+  if (coding !== undefined || charsetRule(type) === "none") return { type, encoding: undefined, isSure: false, coding };
+  const partial = file.size > sample.length, { sourceCharset } = server.settings;
+  const said = saidEncoding(sample, type, partial) ??
+    (sourceCharset !== "auto" && isValid(sample, sourceCharset, partial) ? sourceCharset : undefined);
+  if (said !== undefined) return { type, encoding: said, isSure: true };
+  const { encoding, isSure } = detectedEncoding(sample, await neighbourHints(server, parentOf(file.path)), partial);
+  server.log.detection(file.path, encoding, isSure);
+  return { type, encoding, isSure };
+}
+
+/** Bits that speak for the charset that a file's neighbours are in. */
+const NEIGHBOUR_BITS = 12;
+/** How many neighbours are looked into, among how many entries, and how much of each, in bytes. */
+const NEIGHBOURS = 12, NEIGHBOUR_ENTRIES = 500, NEIGHBOUR_SAMPLE = 16 * 1024;
+/** How long that is believed, in milliseconds. */
+const NEIGHBOURS_TIME = 10_000;
+
+/** What the files of a folder, and ROOT's index, are in, as far as they say so or it is clear: a server knows the whole site. */
+function neighbourHints(server: HttpServer, folder: string): Promise<ReadonlyMap<string, number>> {
+  const { hints } = server.site(), known = hints.get(folder), now = Date.now();
+  if (known !== undefined && now - known.since < NEIGHBOURS_TIME && now >= known.since) return known.found;
+  const found = findHints(server, folder).catch((): ReadonlyMap<string, number> => new Map());
+  hints.set(folder, { since: now, found }, PLACE_SIZE);
+  return found;
+}
+
+async function findHints(server: HttpServer, folder: string): Promise<ReadonlyMap<string, number>> {
+  const site = server.site(), paths = new Set(site.isFile ? [] : [pathBelow(site, "index.html")]);
+  let entries = 0;
+  for await (const { name, isFile } of site.isFile ? [] : Deno.readDir(folder)) {
+    const type = typeOfExtension(name, server.settings.type);
+    if (isFile && !name.startsWith(".") && type !== undefined && charsetRule(type) === "any") {
+      paths.add(pathBelow({ path: folder }, name));
+    }
+    if (++entries >= NEIGHBOUR_ENTRIES || paths.size > NEIGHBOURS) break;
+  }
+  const votes = new Map<string, number>();
+  for (const path of paths) {
+    const encoding = await glance(server, path).catch(() => undefined);
+    if (encoding !== undefined && encoding !== "utf-8") votes.set(encoding, (votes.get(encoding) ?? 0) + 1);
+  }
+  const most = Math.max(...votes.values());
+  return new Map([...votes].map(([encoding, count]) => [encoding, NEIGHBOUR_BITS * count / most]));
+}
+
+/** What a file is in, if it says so, or if it is clear from its beginning. */
+async function glance(server: HttpServer, path: string): Promise<string | undefined> {
+  using file = await openFile(server, path);
+  const buffer = new Uint8Array(NEIGHBOUR_SAMPLE), length = await readFully(file, buffer);
+  const sample = buffer.subarray(0, length), partial = length === buffer.length;
+  const said = saidEncoding(sample, typeOfExtension(path, server.settings.type) ?? "text/plain", partial);
+  if (said !== undefined) return said === "gb18030" ? "gbk" : said;
+  const { encoding, isSure } = detectedEncoding(sample, new Map(), partial);
+  return isSure ? encoding : undefined;
 }
 
 /** A file's bytes, or the beginning of a large one; whoever needs them at the same time shares them. */
@@ -2596,7 +2684,7 @@ function isReached(path: string, isIt: (info: Deno.FileInfo) => boolean): boolea
 function streamedMessage({ server }: Exchange, file: FileFound, nature: Nature, variant: Variant): StreamMessage {
   const content = variant.encoding === nature.encoding
     ? streamFile(server, variant.source)
-    : streamConverted(server, file, nature, variant.encoding!);
+    : streamConverted(server, file, nature, variant);
   return { ...describeVariant(server, file, nature, variant), content };
 }
 
@@ -2633,11 +2721,12 @@ interface Conversion {
  * A large text file, decoded and encoded piece by piece. How long that becomes is known once somebody has got all of
  * it; until then, parts of it cannot be had (RFC 9110 §14.2 lets us send the whole).
  */
-function streamConverted(server: HttpServer, file: FileFound, nature: Nature, encoding: string): Stream {
-  let conversion = file.conversions.get(encoding);
+function streamConverted(server: HttpServer, file: FileFound, nature: Nature, variant: Variant): Stream {
+  const key = keyOf(variant);
+  let conversion = file.conversions.get(key);
   if (conversion === undefined) {
     conversion = { length: undefined, checkpoints: [{ from: 0, to: 0 }] };
-    file.conversions.set(encoding, conversion);
+    file.conversions.set(key, conversion);
   }
   const { length, checkpoints } = conversion;
   return {
@@ -2645,7 +2734,7 @@ function streamConverted(server: HttpServer, file: FileFound, nature: Nature, en
     async *read(start = 0, end = Infinity) {
       const { from, to } = checkpoints.findLast(({ to }) => to <= start)!;
       let at = to;
-      for await (const piece of convertPieces(server, file, nature, encoding, conversion, from, to)) {
+      for await (const piece of convertPieces(server, file, nature, variant, conversion, from, to)) {
         const part = piece.subarray(Math.max(0, start - at), Math.max(0, end - at));
         at += piece.length;
         if (part.length > 0) yield part;
@@ -2660,12 +2749,13 @@ async function* convertPieces(
   server: HttpServer,
   file: FileFound,
   nature: Nature,
-  encoding: string,
+  variant: Variant,
   conversion: Conversion,
   from: number,
   to: number,
 ): AsyncGenerator<Uint8Array> {
-  const stored = nature.encoding!, mode = unmappableFor(server.settings.unmappable, nature.type);
+  const stored = nature.encoding!, encoding = variant.encoding!, { type } = nature;
+  const mode = unmappableFor(server.settings.unmappable, type), mark = variant.hasMark ? "\ufeff" : "";
   const decoder = new TextDecoder(stored), carry: Carry = { state: ASCII, isLast: false };
   // Behind a line feed, an ASCII byte in all these, a decoder begins anew, and so does an encoder; but see ISO-2022-JP.
   const isSeekable = !/^(?:utf-16|iso-2022)/.test(stored) && encoding !== "iso-2022-jp";
@@ -2676,12 +2766,8 @@ async function* convertPieces(
     const end = lineEnd === 0 ? bytes.length : lineEnd;
     carry.isLast = isLast;
     const text = decoder.decode(bytes.subarray(0, end), { stream: !isLast });
-    const { bytes: encoded } = encodeText(
-      sent === 0 ? rewriteDeclarations(text, nature.type, encoding) : text,
-      encoding,
-      mode,
-      carry,
-    );
+    const said = sent === 0 ? mark + rewriteDeclarations(text, type, encoding) : text;
+    const { bytes: encoded } = encodeText(said, encoding, mode, carry);
     rest = bytes.slice(end);
     sent += encoded.length;
     const known = conversion.checkpoints.at(-1)!;
@@ -2693,10 +2779,28 @@ async function* convertPieces(
   conversion.length = sent;
 }
 
-/** What bytes say of their encoding: a byte-order mark, a declaration, or being valid UTF-8. */
-function storedEncoding(bytes: Uint8Array, type: string, partial = false): string | undefined {
-  return sniffByteOrderMark(bytes) ?? declaredEncoding(bytes, type) ??
-    (isValid(bytes, "utf-8", partial) ? "utf-8" : undefined);
+/**
+ * What bytes themselves say of their encoding: a byte-order mark, a declaration, the zeros of UTF-16, the escape
+ * sequences of ISO-2022-JP, or that they are UTF-8, though a few may be damaged.
+ */
+function saidEncoding(bytes: Uint8Array, type: string, partial = false): string | undefined {
+  return sniffByteOrderMark(bytes) ?? declaredEncoding(bytes, type) ?? sniffUtf16(bytes) ?? sniffIso2022Jp(bytes) ??
+    (isValid(bytes, "utf-8", partial) || isMostlyUtf8(bytes, partial) ? "utf-8" : undefined);
+}
+
+/** Bits that text may cost in the encoding that it is in: a little, and so much a character. */
+const READABLE_BITS = 32, CHARACTER_BITS = 11;
+
+/** The encoding in which bytes read as the most ordinary text, if that is text at all. */
+function detectedEncoding(
+  bytes: Uint8Array,
+  hints: ReadonlyMap<string, number>,
+  partial: boolean,
+): Pick<Nature, "encoding" | "isSure"> {
+  const readings = detect(bytes, hints, partial), [best] = readings;
+  const isText = best !== undefined && best.bits <= READABLE_BITS + CHARACTER_BITS * best.text.length;
+  if (!isText) return { encoding: undefined, isSure: false };
+  return { encoding: best.encoding, isSure: isSure(readings) };
 }
 
 /** Codings that a client accepts no less than the bytes as they are, best first (RFC 9110 §12.5.3). */
@@ -3499,11 +3603,6 @@ function sniffByteOrderMark(bytes: Uint8Array): string | undefined {
   return undefined;
 }
 
-/** UTF-16 without a mark, by the zero bytes of its ASCII characters. */
-function sniffUtf16(_bytes: Uint8Array): "utf-16le" | "utf-16be" | undefined {
-  return undefined;
-}
-
 /** Percent-encoded text as bytes (URL §1.3); what is no escape stands for itself. */
 function percentDecode(text: string): Uint8Array<ArrayBuffer> {
   return latin1Bytes(text.replace(/%([0-9A-Fa-f]{2})/g, (_, hex) => String.fromCharCode(parseInt(hex, 16))));
@@ -3511,9 +3610,23 @@ function percentDecode(text: string): Uint8Array<ArrayBuffer> {
 
 /** Percent-encoded text, read as UTF-8 if that is what its bytes are, else in `fallback`. */
 function percentDecodeText(text: string, fallback: string): string {
-  if (isPlain(text)) return text;
-  const bytes = percentDecode(text);
-  return decodeText(bytes, isValid(bytes, "utf-8") ? "utf-8" : fallback);
+  return isPlain(text) ? text : decodeInForce(percentDecode(text), fallback);
+}
+
+/** Bytes of a request as text: UTF-8 if that is what they are, else in the charset in force. */
+function decodeInForce(bytes: Uint8Array, charset: string): string {
+  return decodeText(bytes, isValid(bytes, "utf-8") && isLikelierUtf8(bytes, charset) ? "utf-8" : charset);
+}
+
+/** Bits that speak for the charset in force, where bytes can be read in two. */
+const IN_FORCE_BITS = 12;
+
+/** Whether bytes that may be UTF-8 are more ordinary text so than in the charset in force: `%C4%A3` is `模` in GBK, not `ģ`. */
+function isLikelierUtf8(bytes: Uint8Array, charset: string): boolean {
+  if (!bytes.some((byte) => byte > 0x7f)) return true;
+  if (charset.startsWith("utf-") || !isValid(bytes, charset)) return true;
+  const [best] = detect(bytes, new Map([[charset, IN_FORCE_BITS]]), false, ["utf-8", charset]);
+  return best === undefined || best.encoding === "utf-8";
 }
 
 /** Whether text from the wire stands for itself. */
@@ -3521,11 +3634,522 @@ function isPlain(text: string): boolean {
   return !/[%\x80-\xff]/.test(text);
 }
 
-// ── Detection ────────────────────────────────────────────────────────────────────────────────────
-// Garbled text was written in one encoding and read as another. To find the two, undo every pair and see which
-// leaves the most ordinary text. How ordinary is counted in bits, as a compressor would: common characters cost
-// few, strange ones and strange neighbours many. A pair costs bits too, few if the two are often mixed up. The
-// explanation that costs least is best; if the text as it stands costs no more, it is fine.
+// ── Detection ─────────────────────────────────────────────────────────────────────────────────────
+// What are these bytes, and what garbled this text? One model answers both. It says how ordinary a text is, in bits,
+// as a compressor would: letters that often follow one another cost few, strange neighbours many. Bytes are read in
+// each encoding that they may be in, and the reading that costs least is the likeliest. To undo a mix-up, a text is
+// encoded as it was read, and then the question is the same: what are these bytes?
+//
+// An encoding is made for certain languages, and a reading is measured by those alone: that Chinese read as
+// windows-1251 is all letters helps little, if no language of windows-1251 puts them in such an order.
+
+/**
+ * What is ordinary in a language: some of its words, the commonest first. Which letters follow which is learnt from
+ * them. `xx` and `xc` are for the letters of other languages, `hw` is half-width Japanese.
+ */
+const words = lazily(() =>
+  table(`
+  en: the of and to in is that it was for on are with as at be this have from or by not but what all were we when your
+    can said there use an each which she do how their if will up other about out many then them these so some her would
+    make like him into time has look two more go see way could people my than first water been who its now find long
+    down day did get come made may part over new sound take only little work know place year live back
+  fr: la le les des en que pour au sont été être à théâtre bientôt où déjà français première années mère élève école
+    café ça chez avoir vingt dès côté île système préparé mais comme tout fait deux l'été garçon goût noël cœur
+  de: der die und den von für ist nicht als aus dass bei über einen zwei ganz jetzt quelle xylophon zum sein können
+    größe schön früher später wäre hätte möchte fünf natürlich gehört für größer müller träume heißt mädchen menschen
+  es: de la el y los del con una para al más sus 1.º entre todo esta ser mejor viaje dos había era años qué cómo día
+    después aquí información población región niño señor año mañana política canción corazón número público tenía
+  pt: de a do da para não as dos das câmara decisões condições nº opinião já fazer trabalho entre quem me são região
+    então mão pão coração ação situação política água família história público ninguém será vocês têm avô lição às
+  it: di la il una è sono del come menù alla più lo azione informazione senza prezzo pagina questa pubblico delle ci
+    perché può città però sarà attività giù martedì verità possibilità età tutto essere stato fatto anni prima dopo
+  nl: de van het een en is dat op te zijn met voor aan er als maar bij uit worden was nog heeft ik kan meer deze geen
+    veel hebben één geïnteresseerd coördinatie reünie zoëven ideeën België Italië financiële patiënten vóór café hè
+  sv: och att det på är för till den inte ett var sig från kan när säger under där vid skulle kommer vara hade alla
+    mycket må göra även två små många människor första största själv hända fråga låt åka öppna räcka dörr år åt län
+  da: at det en til på den for har ikke han vi så først idé siger også eller sin ved værktøj lærer nær skal ville
+    kommer ud får andre over må gøre små mange mennesker første spørgsmål gå dør køb søndag læse både før hørt nød øst
+  no: og det på en til å av for ikke den har jeg kan etter eller nå sin hvor skal ville kommer ut være mye over da må
+    gjøre små mange mennesker første største gå rekke dør kjøp søndag måned træ sette lese både før hørt nød øst
+  fi: ja oli mutta kun kuin sen joka tai vain mitä olla vielä tämä mukaan jälkeen kanssa sekä siitä tässä pitää päivä
+    vuoden kaikki yksi työ isä kesä käyttää tehdä lähtee tänään elämä pääsi näkyy löytyy työtä yö syödä häntä että
+  is: og í á það ekki um en fyrir frá hún eða þetta verið sér þú eftir ár maður daginn mjög stilla opna bæta landið
+    góðan já líka aðeins öll því hvað hæð ætla nýja tíma stað austur vestur ágúst október blaðið börnin skóli þýska
+  pl: na się jest od za przez czy są ich określa wartość plików tym już było jego który koniec dnia pan można więc
+    sobie dzień życie człowiek wszystko między święta źródło każdy właśnie mieć pięć miłość polski głowa ludzi żeby ją
+  cs: že pro za si od jsem který název nastavení žádné šířka zařízení ťuk ďábel ó jeho při však před být má může více
+    není člověk město práce řekl století průběhu společnost české děkuji příliš kůň úřad něco někdy žádný většina
+  sk: na že za ktoré už veľkosť názov dĺžka ó číslo sú alebo jeho pri až ľudí učiteľ stratiť byť má viac tiež podľa
+    prvý nie rok človek práca povedal storočia slovenské ďakujem príliš kôň úrad niečo väčšina všetko vyhľadať môj
+  hu: a és hogy csak már volt ha még én ki minden be más amely után lesz nagyon két által ezt között új jó lett arra
+    ember év alatt később például születik működés szükség felé kívül fő erdő nyílt összes közül végül rendszer
+  ro: de și în care se pentru fi prin dreptul libertate egală lui minunată casă toată cele între până această când fără
+    însă mâine țară știu viață același bună ziua mulțumesc în ţară oraşul încă cărți copiii română știința câte
+  hr: na da za su što bi ili koje sadržaj veličina mogućnost općina članak područje sječanj pisač već uređeni postaviti
+    kako sve prema ima prije jer godine rekao između već ništa kuća nešto želja što čitati njegov ljudi vrijeme
+  sl: je v za po ali iz že možnost način število področje pravice pravičen člen širina ključ ni tako kako ko med pred
+    bila samo če biti sem ima vse dan človek življenje reči hiša nekaj želja čas žena drugi prišel čez brez leto
+  tr: ve bir için ile mi olduğu sağlık şahıs hakkı öğrenim çalışma tarafından göre bunu üzerinde akşam kadın okul
+    yalnız yaptı karşı ürün yıl bütün önce dünya değişik öğretmen ağaç güneş diye nasıl yarın sıra altı etmiş ağır yüz
+  lt: iš už dar teisę vertė šrifto naują apsaugą prie vakaras rytas namų kelias mokykla galėjo turėjo įvairių pačią
+    žinoma dėl iki metų jei būti mes žmonių žmogus kai ką lietuvos vėl pačių gerą būdas žodis švietimo ąžuolas įmonė
+  lv: un par kā viņš pēc tiesības izmērs vērtība čaks līdzeklis brīvība tautu tikai šodien rīts mājas grāmata draugs
+    skolā varēja naudu kādēļ nākamā vēl cilvēks tās šajā viņa tāpēc rīgā jābūt mājās paldies ģimene ķēde žurnāls
+  et: on ka kui mis ning selle või mida õigus võimalik töötab õige žanr šokolaad väärtus pärast just jõudma peale
+    kõrval lähed ülikool raamat ühe jäi õpetaja nende juba aasta mees öelda mõte küsimus õhtu süda teie palun eesti
+  vi: và của có được một không người với các những này đã để đến từ ở thì nhiều năm vào tôi cũng sẽ dụng gần đặt rằng
+    chức bổ hỗ câu lập trí cửa vùng lại phải đó rất trên còn nhà chị xin ơn chúng việc sống trước theo mọi quyền tự
+  ru: и не на как но у за для его цена форма вы они или ещё уже только когда есть быть может чем время после при них
+    человек год под этот себя который люди через первый привет спасибо сейчас больше другой дом работа объект москва
+  uk: і не на що у до за від але для був про все форма ціна вони тільки коли бути дуже час після при людина рік день
+    того можна себе який через життя перший привіт дякую зараз більше робота україни своїх ґанок тобі має між об'єкт
+  bg: на да се за не че като това или но които цена фирма юни при има след беше те му ни аз още където много време
+    година човек един хора живот първи здравей благодаря сега повече работа българия също така със която въпрос между
+  sr: у је да на за су од који или није центар срце филм по већ само без све те бити према има али пре када након која
+    године дан човек рекао између живот реч ништа кућа нешто жеља читати жена његов други време љубав њих међу џеп
+  be: ў на не што у за для форма яны ёсць або яшчэ толькі калі вельмі час пры чалавек год дзень пад гэты таго можна
+    сябе людзі праз жыццё першы тут прывітанне дзякуй зараз іншы праца беларусі мае каб іх свае слова таксама былі
+  el: και του της για είναι στο δεν τον στην βράδυ ψυχή φορά έξω ανθρώπου τους μας παιδί μικρός μεγάλη χειμώνας ήθελε
+    δουλειά θέση σελίδα προϊόντα επικοινωνία έχει κατά πολύ πρέπει όταν μόνο ημέρα ευχαριστώ κάθε σπίτι ζωή κόσμος
+  he: את על הוא גם יותר כל מה היה צריך סוף קטן לאחר כמו לפני אין ברכת פתח ספרים אמר היתה לפי עצמו שבת ערב בוקר מים
+    מדינה חברה גדול חזרה ועוד להגיד זכות חופש להיות הזה שלי עוד בית איש שנה שנים בו לו הם אנחנו ראשון דבר ארץ עבודה
+  ar: في إلى عن مع التي هذه كان أو وزير شخص رئيس مؤسسة نظام آخر لم عند لماذا حق حرية المدينة الرجل المرأة القديمة صفحة
+    هاتف سيارة قبل تحت طعام وقد إن قال اليوم غير بعض عليه أكثر الناس الدول العربية بيت كتاب ماء وفي الأول جدا يكون
+  fa: و به از که این است برای می خود کرد شده ما عنوان قرار حال صفحه طور نظر موضوع غیر ثبت بزرگ دارد راه حقوق آزادي
+    مي‌کند هستند داشت گفتم ديروز فردا باید سال پیش چه همه ایران نیست دیگر تو بسیار سلام خانه مادر زندگی گذشته جهان پنج
+  ur: کے کی میں ہے کا اور سے کو یہ نہیں اس جو ان حق خوش آپ حکومت صدر عالم نظر غلط ضرور ذکر اصل فرق تو تھی کیا گیا لیے
+    ہی ہوئے جا اپنے بعد اب پاکستان دن سال سلام شکریہ شہر پانی بچے ہوں دو بات وقت کام زبان ٹھیک چاہیے بڑا ڈر ملک دیا
+  th: ที่ การ เป็น และ มี ไม่ ได้ ให้ จะ ความ หรือ ต้อง โดย สิทธิ์ ฟัง รัฐ กฎ ๆ ปฏิบัติ ฉัน ฝน เสรีภาพ มนุษย์ ร้าน
+    เพื่อน ชาย เล็ก ใหญ่ ติดต่อ จำกัด ซึ่ง ถึง แล้ว เรา ขึ้น ทำ ประเทศ ครับ ขอบคุณ บ้าน ทุก อย่าง ผู้ สามารถ กลับ ชื่อ
+  xx: tōkyō ōsaka kyōto nǐ hǎo zhōngguó běijīng mā má mǎ lǜ ĉu ĝi ŝi ĵaŭdo ĥoro ŵy ŷd ħobż ġuże ċavetta azərbaycan
+    hawaiʻi māori ẹ̀kọ́ ọjọ́ ṣe
+  xc: қазақстан тілі және үшін өте ғылым ўзбек қилиб ҳам үчүн болуп әһәт яңа һәм тоҷик ҷумҳурӣ жөнінде
+  hw: ﾉ ﾆ ﾊ ｦ ｶﾞ ﾃﾞｽ ﾏｽ ﾆﾎﾝ ﾄｳｷｮｳ ｶﾌﾞｼｷｶﾞｲｼｬ ﾃﾞｰﾀ ﾌｧｲﾙ ﾒﾆｭｰ ｼｽﾃﾑ ｻｰﾋﾞｽ ﾍﾟｰｼﾞ ﾃｽﾄ ﾊﾝｶｸ ｶﾅ ﾅﾏｴ ｼﾞｭｳｼｮ ﾃﾞﾝﾜ ﾊﾞﾝｺﾞｳ ﾀﾅｶ ｻﾄｳ
+    ｽｽﾞｷ ﾔﾏﾀﾞ ﾀﾛｳ ﾊﾅｺ ｵｵｻｶ ｷｮｳﾄ ｷﾞﾝｺｳ ﾌﾘｺﾐ ｺｳｻﾞ ﾌﾂｳ ｾｲｷｭｳ ﾈﾝｶﾞｯﾋﾟ ｻﾞｲｺ ｼｮｳﾋﾝ ｱﾄﾞﾚｽ ｴﾗｰ ﾕｰｻﾞｰ ﾈｯﾄﾜｰｸ ﾎｰﾑ ﾃﾚﾋﾞ ﾗｼﾞｵ ﾒｰﾙ
+    ﾜﾀｼ ﾖﾛｼｸ ｵﾈｶﾞｲ ｲﾀｼﾏｽ ｱﾘｶﾞﾄｳ ﾓ ﾍ ﾖﾘ ﾐｷ ﾑﾗ ﾇﾉ ﾁﾊﾞ ﾋﾛｼ ﾚｲ ﾙｰﾙ ﾖﾃｲ ﾘｭｳ ﾔｻｲ ﾕｷ ｪ ｨ ｩ ｫ
+`)
+);
+
+/** The commonest characters of the languages that have many, in order. */
+const characters = lazily(() =>
+  table(`
+  zh: 的一是不了在人有我他这个们中来上大为和国地到以说时要就出会可也你对生能而子那得于着下自之年过发后作里用道行所然家种事成方多经么去法学如都同现当没动面起看定天分还进好小部其些主样理心她本前开但因只从想实日军者意
+    无力它与长把机十民第公此已工使情明性知全三又关点正业外将两高间由问很最重并物手应战向头文体政美相见被利什二等产或新己制身果加西斯月话合回特代内信表化老给世位次度门任常先海通教儿原东声提立及比员解水名真论处走义各入
+    几口认条平系气题活尔更别打女变四神总何电数安少报才结反受目太量再感建务做接必场件计管期市直德资命山金指克许统区保至队形社便空决治展马科司五基眼书非则听白却界达光放强即像难且权思王象完设式色路记南品住告类求据程北边
+    死张该交规万取拉格望觉术领共确传师观清今切院让识候带导争运欢迎请谢站页网店版您首爱宋早友片图火车七八九千六孩晚送飞吃喝喜跑快慢读写画城村街红绿蓝黄衣服药医病票钱银商酒茶饭菜米肉鱼牛羊狗猫鸟花草树木林雨雪风冷热春夏
+    秋冬昨晨午夜钟秒星周末假节礼玩笑哭唱歌舞影视脑络游戏软密码登录注册搜索载附近列频留言评标返双云客离房府石河湖岛江际研究组织消息态护价值质低层优整段温找包布团推故参精级增显食转造养曾装岁黑夫怎买卖爸妈弟妹姐哥娘男朋
+    亲永远幸福健康希努习惯简单复杂容易困需改善择试验考检查修助帮忙差错误忘忆丢失钥匙锁铁桥厂纸笔墨章句词语音乐诗剧字典史承状环境污染源技具材料支持续突破尽虽否仅另尤甚既般宗育律警察官兵士武器静睡醒梦床桌椅灯窗墙角楼室
+    厅厨洗浴板顾售订货付款账户印签联址邮箱
+  tw: 的一是不了在人有我他這個們中來上大為和國地到以說時要就出會可也你對生能而子那得於著下自之年過發後作裡用道行所然家種事成方多經麼去法學如都同現當沒動面起看定天分還進好小部其些主樣理心她本前開但因只從想實日軍者意
+    無力它與長把機十民第公此已工使情明性知全三又關點正業外將兩高間由問很最重並物手應戰向頭文體政美相見被利什二等產或新己制身果加西斯月話合回特代內信表化老給世位次度門任常先海通教兒原東聲提立及比員解水名真論處走義各入
+    幾口認條平系氣題活爾更別打女變四神總何電數安少報才結反受目太量再感建務做接必場件計管期市直德資命山金指克許統區保至隊形社便空決治展馬科司五基眼書非則聽白卻界達光放強即像難且權思王象完設式色路記南品住告類求據程北邊
+    死張該交規萬取拉格望覺術領共確傳師觀清今切院讓識候帶導爭運歡迎請謝站頁網店版您首香港台灣係唔嘅咗佢早友片圖火車七八九千六孩晚送飛吃喝喜跑快慢讀寫畫城村街紅綠藍黃衣服藥醫病票錢銀商酒茶飯菜米肉魚牛羊狗貓鳥花草樹木林
+    雨雪風冷熱春夏秋冬昨晨午夜鐘秒星週末假節禮玩笑哭唱歌舞影視腦絡遊戲軟密碼登錄註冊搜尋載附近列頻留言評標返雙雲客離房府石河湖島江際研究組織消息態護價值質低層優整段溫找包布團推故參精級增顯食轉造養曾裝歲黑夫怎買賣爸媽
+    弟妹姐哥娘男朋親愛永遠幸福健康希努習慣簡單複雜容易困需改善擇試驗考檢查修助幫忙差錯誤忘憶丟失鑰匙鎖鐵橋廠紙筆墨章句詞語音樂詩劇字典史承狀環境污染源技具材料支持續突破盡雖否僅另尤甚既般宗育律警察官兵士武器靜睡醒夢床
+    桌椅燈窗牆角樓室廳廚洗浴闆顧售訂貨付款帳戶印簽聯址郵箱貼臺嗎吧呢啦喔
+  ja: のにはをたがでてとしれさいあるっなかりこもそらうくまよきせけんえつみわめおやちすろほどだべげごじばぶぎずびねむぼひふへぐゃゅょぬぱぽ。、ー日一国会人年大十二本中出三時行見月分後前生五間上東四今金九入学高円子外
+    八六下来気小七山話女北午百先名川千水半男西電校語土木聞食車何南万毎白天母火右読友左休父雨事自社者地業方新場員立開手力問代明動京目通言理田主題意不作用度強公持野以思家世多正安院心界教文元重近考画海売知道集別物使品計
+    死特私始朝運終台広住無真有口少町料工建空急止送転春夏秋冬店屋花茶写真夜飯飲帰着買書楽好早歌駅親切体音色赤青黒走犬鳥魚肉銀病旅洋服待経現最表議民連対部合市内相定回選米実関決全戦発最調化当約首法性要制治成期取都和平加
+    受県続進設保改記初指権支産点報済活原共得解交資予向際勝面告反判認参利組信在件団側任引求所次昨論官増感情投示変打直両式確村提案及由条第又等他基育並同為罪宗差享週曜遊隣飼猫鍵閉暗雪嵐寒暖涼暑霧湖王様姫祖孫兄弟姉妹娘息
+    夫妻僕俺君彼誰処奥頃翌晩昼夕寝起床窓扉庭池橋港船飛列乗降歩泳笑泣怒喜悲恋愛忘覚返去若古遅弱深浅狭丸角形線石砂岩星雲雷葉枝根種果菜豆卵塩糖酒杯皿箱袋紙筆絵描曲踊映像章巻号欄覧索録登載更掲板検込払購価格銭貸借働客
+  ko: 이다는의에을가고하지은로한기도어사나인대리자들아를그수시라있서정보해게일으부스만면장주원과전구상제여니것우관공조비마학생음소동성안중세내방모용국신화문습년무오분등당했유실경계요와물때말없까않았던선영더물회어저
+    려발두입행명간같적거치진야러드트레최불미재된단후위산바개되할교연물본차집속통제번설업날심린결노민현박길름럼님양군변식작평력출금토술백료천달감피타강건람야험합반배혀져였겠습니까안녕세요감사합니다권든또받며법호및누종
+    런언존떠느포예별초격록필증활완함른질준체따류터근될직견매벌추히범운표파크버쪽열태색뉴너래능향데참블형줄글볼벗닫왜눈밭놀웃키많읽난옆늘밖춥쓰봄꽃밤께싶죽먹걸쉽값싸골책돈맛밥병약손머귀코옷곳앞뒤겉왼높낮깊넓좁빠늦젊늙
+    혼혹캐카루르티메홈페뮤림
+`)
+);
+
+/** Rows `key: text`. */
+function table(rows: string): ReadonlyMap<string, string> {
+  const matches = rows.matchAll(/(\w+): ([^:]+?)\s+(?=$|\w+:)/g);
+  return new Map(Array.from(matches, ([, key = "", text = ""]) => [key, text.replace(/\s+/g, " ")]));
+}
+
+/** Bits for the other characters, by the rows of the charset where they are: "level 2" first, which is rarer. */
+const LEVELS: ReadonlyMap<string, readonly (readonly [string, first: number, last: number, bits: number])[]> = new Map([
+  ["zh", [["gbk", 0xd8, 0xf7, 18], ["gbk", 0xb0, 0xd7, 14]]],
+  ["tw", [["big5", 0xc9, 0xf9, 18], ["big5", 0xa4, 0xc6, 14]]],
+  ["ja", [["euc-jp", 0xd0, 0xf4, 18], ["euc-jp", 0xb0, 0xcf, 14.5], ["euc-jp", 0xa4, 0xa4, 10], [
+    "euc-jp",
+    0xa5,
+    0xa5,
+    8,
+  ]]],
+  ["ko", [["euc-kr", 0xca, 0xfd, 18], ["euc-kr", 0xb0, 0xc8, 14]]],
+]);
+
+/** An encoding that text may be in. */
+interface Candidate {
+  readonly encoding: string;
+  /** The part of the world where it is used. */
+  readonly part: number;
+  /** Bits for being seldom used. */
+  readonly rarity: number;
+  readonly languages: () => readonly Language[];
+}
+
+/** Part after part of the world, each encoding with its rarity and its languages. */
+const ownCandidates = lazily(() =>
+  candidates(`
+  utf-8 0 ${[...words().keys(), ...characters().keys()].join(" ")}
+  windows-1252 0 en fr de es pt it nl sv da no fi is
+    iso-8859-15 3 en fr de es pt it nl sv da no fi is; macintosh 8 en fr de es pt it nl sv da no fi is
+  gbk 0 zh en; big5 0 tw en; shift_jis 0 ja hw en; euc-jp 1 ja hw en; euc-kr 0 ko en
+  windows-1251 0 ru uk bg sr be en; koi8-r 2 ru en; koi8-u 4 uk ru en; ibm866 3 ru be en
+    iso-8859-5 4 ru uk bg sr be en; x-mac-cyrillic 7 ru uk bg en
+  windows-1250 1 pl cs sk hu ro hr sl de en; iso-8859-2 2 pl cs sk hu ro hr sl de en
+  windows-1253 1 el en; iso-8859-7 1.5 el en
+  windows-1254 1 tr en
+  windows-1255 2 he en; iso-8859-8 5 he en
+  windows-1256 2 ar fa ur en fr; iso-8859-6 5 ar en
+  windows-1257 1 lt lv et en
+  windows-1258 3 vi en
+  windows-874 2 th en`)
+);
+
+function candidates(rows: string): readonly Candidate[] {
+  return rows.trim().split(/\n(?! {4})/).flatMap((line, part) =>
+    line.split(/[;\n]/).map((row) => {
+      const [encoding = "", rarity, ...codes] = row.trim().split(" ");
+      return { encoding, part, rarity: Number(rarity), languages: lazily(() => codes.map(language)) };
+    })
+  );
+}
+
+const everyLanguage = () => ownCandidates()[0]!.languages();
+
+/** One way to read bytes. */
+interface Reading {
+  readonly encoding: string;
+  /** What the bytes looked at read as. */
+  readonly text: string;
+  /** What that costs: the fewer, the more ordinary. */
+  readonly bits: number;
+}
+
+/** Bits by which a reading must be ahead of every other one that differs, for its encoding to be taken as known. */
+const SURE_BITS = 8;
+/** Bits for a character cut off. */
+const CUT = 11;
+
+/**
+ * The encodings that bytes may be in, likeliest first; none for ASCII, which is the same in all.
+ *
+ * @param hints Bits to take off for encodings that are expected here, such as those of the files beside this one.
+ * @param partial Whether the bytes go on: the last character may be cut off.
+ * @param among The names of the encodings to choose from.
+ */
+function detect(
+  bytes: Uint8Array,
+  hints: ReadonlyMap<string, number> = new Map(),
+  partial = false,
+  among?: readonly string[],
+): Reading[] {
+  const seen = among === undefined ? sniffUtf16(bytes) ?? sniffIso2022Jp(bytes) : undefined;
+  if (seen !== undefined) return [{ encoding: seen, text: decode(bytes.subarray(0, SAMPLE), seen), bits: 0 }];
+  const sample = tellingBytes(bytes), isUtf8 = isMostlyUtf8(sample, partial);
+  if (sample.length === 0) return [];
+  // Of a long run only the beginning is looked at, which may cut a character.
+  const canCut = partial || sample.length > RUN;
+  return (among?.map(candidateOf) ?? ownCandidates()).filter(({ encoding }) => encoding !== "utf-8" || isUtf8)
+    .map(({ encoding, rarity, languages }) => {
+      const whole = decode(sample, encoding);
+      const text = canCut && isWide(encoding) ? whole.replace(/\ufffd{1,3}(?=\n)/g, "") : whole;
+      const bits = bitsOf(text, languages()) + (whole.length - text.length) * CUT + rarity;
+      return { encoding, text, bits: bits - (hints.get(encoding) ?? 0) };
+    }).sort((a, b) => a.bits - b.bits);
+}
+
+function candidateOf(encoding: string): Candidate {
+  const other = { encoding, part: -1, rarity: 5, languages: everyLanguage };
+  return ownCandidates().find((candidate) => candidate.encoding === encoding) ?? other;
+}
+
+/** Whether the first reading is clearly better than all that differ from it. */
+function isSure([first, ...others]: readonly Reading[]): boolean {
+  if (first === undefined) return false;
+  const next = others.find(({ text }) => text !== first.text);
+  return next === undefined || next.bits - first.bits >= SURE_BITS;
+}
+
+const isWide = (encoding: string) => isMultiByte(encoding) || encoding.startsWith("utf-");
+
+/** How many bytes are looked at, how many of them in one run, and how many ASCII ones beside what is not. */
+const SAMPLE = 1536, RUN = 512, BESIDE = 32;
+
+/** The bytes that say something: what is not ASCII and a little around it, from all over, a line for each run. */
+function tellingBytes(bytes: Uint8Array): Uint8Array {
+  const runs = runsOf(bytes), sample = new Uint8Array(SAMPLE + RUN + 2 * BESIDE);
+  const total = runs.reduce((sum, run) => sum + run.length + 1, 0), step = Math.max(1, total / SAMPLE);
+  let length = 0;
+  for (let i = 0; i < runs.length && length < SAMPLE; i += step) {
+    const run = runs[Math.trunc(i)]!;
+    sample.set(run, length);
+    // Every decoder finds its feet at a line feed.
+    sample[(length += run.length + 1) - 1] = 0x0a;
+  }
+  return sample.subarray(0, length);
+}
+
+function runsOf(bytes: Uint8Array): Uint8Array[] {
+  const runs: Uint8Array[] = [];
+  for (let at = 0, end = 0; at < bytes.length; at++) {
+    if (bytes[at]! < 0x80) continue;
+    const start = Math.max(at - BESIDE, end), limit = Math.min(bytes.length, at + RUN);
+    for (end = at; at < limit && at <= end + 2 * BESIDE; at++) if (bytes[at]! >= 0x80) end = at;
+    end = Math.min(end + 1 + BESIDE, limit);
+    runs.push(bytes.subarray(start, end));
+    // After a run that was cut, the next one begins where no character can be: no trail byte is below 30.
+    while (at === limit && end < bytes.length && bytes[end]! >= 0x30) end++;
+    at = end - 1;
+  }
+  return runs;
+}
+
+/** UTF-16 without a mark shows by the zero bytes of its ASCII, which stand on one side; what is no text does not. */
+function sniffUtf16(bytes: Uint8Array): "utf-16le" | "utf-16be" | undefined {
+  const head = bytes.subarray(0, SAMPLE), zeros: [even: number, odd: number] = [0, 0];
+  for (let i = 0; i < head.length; i++) if (head[i] === 0) zeros[i & 1 ? 1 : 0]++;
+  const most = Math.max(...zeros), encoding = most === zeros[1] ? "utf-16le" : "utf-16be";
+  // A few may stand on the other side: U+4E00 has one, too.
+  if (head.length % 2 !== 0 || Math.min(...zeros) * 3 >= most) return undefined;
+  const text = decode(head, encoding).slice(0, bytes.length > SAMPLE ? -1 : undefined);
+  // deno-lint-ignore no-control-regex
+  const isText = !/[\p{Cn}\p{Co}\ufffd\0-\x08\x0e-\x1f\x7f-\x9f]/u.test(text);
+  return isText && bitsOf(text, everyLanguage()) < 11 * text.length + 16 ? encoding : undefined;
+}
+
+/** ISO-2022-JP is seven bits, and says what it is by its escape sequences (Encoding §12.2). */
+function sniffIso2022Jp(bytes: Uint8Array): "iso-2022-jp" | undefined {
+  const text = latin1(bytes.subarray(0, 0x10000));
+  // deno-lint-ignore no-control-regex
+  const isEscaped = /\x1b(?:\$[@B]|\([JI])/.test(text) && !/[\x80-\xff]/.test(text);
+  return isEscaped && !/\ufffd./s.test(decode(bytes, "iso-2022-jp")) ? "iso-2022-jp" : undefined;
+}
+
+/** Whether bytes are UTF-8, or damaged UTF-8: nine tenths of those beyond ASCII stand in well-formed sequences. */
+function isMostlyUtf8(bytes: Uint8Array, partial = false): boolean {
+  let good = 0, bad = 0;
+  for (let i = 0, end = 0; i < bytes.length; i = end) {
+    const lead = bytes[i]!,
+      length = lead < 0x80 ? 1 : lead < 0xc2 || lead > 0xf4 ? 0 : lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : 4;
+    for (end = i + 1; end < i + length && (bytes[end]! & 0xc0) === 0x80;) end++;
+    if (length === 1) continue;
+    if (end === i + length || partial && length > 0 && end === bytes.length) good += end - i;
+    else bad += end - i;
+  }
+  return good > 0 && bad * 9 <= good;
+}
+
+const DECODERS = new Map<string, TextDecoder>();
+
+/** Decodes as the platform does, but keeps a byte-order mark. */
+function decode(bytes: Uint8Array, encoding: string): string {
+  const dos = DOS.get(encoding);
+  if (dos !== undefined) return latin1(bytes).replace(/[\x80-\xff]/g, (byte) => dos[byte.charCodeAt(0) - 0x80]!);
+  const decoder = DECODERS.get(encoding) ?? new TextDecoder(encoding, { ignoreBOM: true });
+  DECODERS.set(encoding, decoder);
+  const text = decoder.decode(bytes);
+  // What windows-1258 writes as a letter and a mark is one letter in its language.
+  return encoding === "windows-1258" ? text.normalize("NFC") : text;
+}
+
+// What a text costs.
+
+/** Bits are counted in eighths, so that a byte holds them. */
+const BIT = 8;
+/**
+ * Bits for a letter that the language lacks, for one that no language has, for a character of another script, for going
+ * on in another language, for the same sign again (a rule of hyphens), and for the same character again.
+ */
+const FOREIGN = 15, UNKNOWN = 12, STRANGE = 22, SWITCH = 9, REPEATED = 2, DOUBLED = 4;
+/** How much a pair of letters owes to how common the second is, in pairs counted. */
+const SMOOTHING = 20;
+/** More than the letters of all words. */
+const LETTERS = 1024;
+
+/** What a language expects. */
+interface Language {
+  /** Its letters by their number: 0 for none, which is the edge of a word; 1 for one of another language. */
+  readonly alphabet: Uint8Array;
+  readonly size: number;
+  /** The bits of a letter after another: a row for each letter before. */
+  readonly pairs: Uint8Array;
+  /** The bits of characters that are no letters, by code unit. */
+  readonly characters: Uint8Array | undefined;
+}
+
+const LANGUAGES = new Map<string, Language>();
+
+function language(code: string): Language {
+  const language = LANGUAGES.get(code) ?? learn(code);
+  LANGUAGES.set(code, language);
+  return language;
+}
+
+/** The letters of all words, numbered from 1, by code unit; a capital has the number of its small letter. */
+const letters = lazily(() => {
+  const numbers = new Uint16Array(0x10000);
+  [...new Set([...words().values()].join("").replace(/[^\p{L}\p{M}]/gu, ""))].forEach((letter, i) => {
+    for (const form of [letter.toUpperCase(), letter]) if (form.length === 1) numbers[form.charCodeAt(0)] ||= i + 1;
+  });
+  numbers["İ".charCodeAt(0)] = numbers["i".charCodeAt(0)]!;
+  return numbers;
+});
+
+/** Learns from the words of a language what letters it puts after one another; some English is written in all. */
+function learn(code: string): Language {
+  const english = words().get("en")!, own = words().get(code) ?? english, alphabet = new Uint8Array(LETTERS).fill(1);
+  const used = new Set(Array.from(own + english, (letter) => letters()[letter.charCodeAt(0)]!).filter((n) => n > 0));
+  alphabet[0] = 0;
+  [...used].forEach((number, i) => alphabet[number] = i + 2);
+  const size = used.size + 2, counts = new Float64Array(size * size);
+  const count = (words: string, weight: number) =>
+    words.split(" ").forEach((word, rank) => {
+      let before = 0;
+      for (const letter of `${word} `) {
+        const now = alphabet[letters()[letter.charCodeAt(0)]!]!;
+        counts[before * size + now]! += weight / (rank + 20);
+        before = now;
+      }
+    });
+  count(own, 40);
+  if (own !== english) count(english, 3);
+  return { alphabet, size, pairs: pairBits(counts, size), characters: characterBits(code) };
+}
+
+/** A pair costs by how rare it is in the words; one that is not there, by how rare its second letter is. */
+function pairBits(counts: Float64Array, size: number): Uint8Array {
+  const firsts = new Float64Array(size), seconds = new Float64Array(size), pairs = new Uint8Array(size * size);
+  counts.forEach((count, pair) => (firsts[Math.trunc(pair / size)]! += count, seconds[pair % size]! += count));
+  const total = seconds.reduce((a, b) => a + b);
+  counts.forEach((count, pair) => {
+    const first = firsts[Math.trunc(pair / size)]!, second = pair % size;
+    const expected = (seconds[second]! + 0.5) / (total + 0.5 * size);
+    const bits = -Math.log2((count + SMOOTHING * expected) / (first + SMOOTHING));
+    pairs[pair] = pair === 0 ? 0 : (second === 1 ? FOREIGN : bits) * BIT;
+  });
+  return pairs;
+}
+
+/** Characters cost by their place in the list, others by their level. */
+function characterBits(code: string): Uint8Array | undefined {
+  const common = characters().get(code), bits = new Uint8Array(0x10000).fill(19 * BIT);
+  if (common === undefined) return undefined;
+  for (const [encoding, first, last, level] of LEVELS.get(code)!) {
+    const codes = range(first, last).flatMap((row) => range(0xa1, 0xfe).flatMap((column) => [row, column]));
+    // Big5 has two more half rows.
+    if (encoding === "big5") {
+      codes.push(...range(first, last).flatMap((row) => range(0x40, 0x7e).flatMap((column) => [row, column])));
+    }
+    for (const character of decodeText(Uint8Array.from(codes), encoding)) bits[character.charCodeAt(0)] = level * BIT;
+  }
+  [...common].forEach((character, rank) => bits[character.charCodeAt(0)] = (4.2 + 0.74 * Math.log2(1 + rank)) * BIT);
+  return bits;
+}
+
+/**
+ * Kinds of characters: white Space, Punctuation, Digits, Lower case, Upper case, Capitals (upper case after another),
+ * letters without case (E), Marks, Han, Katakana, hiRagana, hanGul, Wide punctuation, sIgns, Boxes, Junk.
+ */
+const KINDS = "SPDLUCEMHKRGWIBJ", SPACE = 1, UPPER = 5, CAPITALS = 6, MARK = 8, JUNK = 16;
+const isLetter = (kind: number) => kind >= 4 && kind <= 8, isCharacter = (kind: number) => kind >= 9 && kind <= 12;
+
+/** The first row that matches a code unit gives its kind, and its bits but for letters. */
+// deno-fmt-ignore
+const UNITS: readonly (readonly [kind: string, bits: number, units: RegExp])[] = [
+  ["S", 1.5, /[ \n\r\t]/], ["S", 5, /[\xa0\u3000]/], ["S", 0, /\ufeff/],
+  ["D", 3.3, /\d/], ["D", 5, /[¹²³]/],
+  ["P", 4, /[.,:;?!'"()\/_-]/], ["P", 5, /’/], ["P", 6, /[!-\/:-@\[-`{-~‘“”‚„…–—]/], ["P", 8, /[«»‹›]/],
+  ["W", 3, /[。，、]/], ["W", 5, /[！？：；（）「」『』《》·【】]/], ["W", 7, /[\u3000-\u303f\uff01-\uff5e｡｢｣､･]/],
+  ["I", 7, /[€£¥¢§©®°±×·¼½¾µ№•™†←-↓★☆○◎●■□◆◇▲△▼▽①-⑳≈≠≤≥√\ud83c-\ud83e]/], ["I", 3, /[\udc00-\udfff]/],
+  ["B", 5, /[─│┌┐└┘├┤┬┴┼═║╔╗╚╝]/], ["B", 7, /[\u2500-\u259f]/],
+  ["H", 0, /[\p{Script=Han}々〇]/u], ["K", 0, /[\u30a1-\u30fe]/], ["R", 0, /\p{Script=Hiragana}/u],
+  ["G", 0, /\p{Script=Hangul}/u],
+  ["J", 18, /\ufffd/], ["J", 20, /[\p{Co}\p{Cn}\p{Cc}\p{Cs}]/u],
+  ["U", 0, /[\p{Lu}\p{Lt}]/u], ["L", 0, /[\p{Ll}ªº]/u], ["E", 0, /[\p{Lo}\p{Lm}\u0e30-\u0e4e]/u], ["M", 5, /\p{M}/u],
+  ["I", 10, /[\p{S}\p{P}]/u], ["I", 12, /[^]/],
+];
+
+/** Bits for one kind (a row) before another (a column), in the order of `KINDS`. */
+const MOVES = Uint8Array.from(
+  `2331 2219 3331 4463
+   1233 3329 3322 3473
+   2214 4459 4444 3474
+   2250 8999 9999 5684
+   3341 2289 7778 5684
+   2246 2199 7778 5684
+   2259 9901 9999 5684
+   2259 9902 9999 5684
+   4448 6699 0419 2553
+   4448 6699 3029 2553
+   4448 6699 1309 2553
+   1248 6699 6661 3553
+   3334 3349 1112 1443
+   3235 5559 4444 4244
+   2336 6669 4444 4402
+   3334 4449 4444 4442`.replace(/\s/g, ""),
+  (bits) => Number(bits) * BIT,
+);
+
+/** Kinds and bits by code unit, found when first met; a kind is its place in `KINDS` and one. */
+const kinds = lazily(() => new Uint8Array(0x10000)), unitBits = lazily(() => new Uint8Array(0x10000));
+
+function kindOfUnit(unit: number): number {
+  const [kind, bits] = UNITS.find(([, , units]) => units.test(String.fromCharCode(unit)))!;
+  unitBits()[unit] = bits * BIT;
+  return kinds()[unit] = KINDS.indexOf(kind) + 1;
+}
+
+/** What a text costs, if each of its words is in one of these languages; Infinity if that is beyond the limit. */
+function bitsOf(text: string, languages: readonly Language[], limit = Infinity): number {
+  const numbers = letters(), known = kinds(), bits = unitBits(), costs = new Float64Array(languages.length);
+  let common = 0, kindBefore = SPACE, before = 0, unitBefore = 0, least = 0;
+  for (let i = 0; i <= text.length; i++) {
+    const unit = i < text.length ? text.charCodeAt(i) : 0x0a,
+      number = numbers[unit]!,
+      found = known[unit] || kindOfUnit(unit);
+    const kind = found === UPPER && (kindBefore === UPPER || kindBefore === CAPITALS) ? CAPITALS : found;
+    const isRepeated = unit === unitBefore && !isLetter(kind) && kind !== JUNK;
+    common += isRepeated
+      ? (isCharacter(kind) ? DOUBLED : REPEATED) * BIT
+      : MOVES[(kindBefore - 1) * KINDS.length + kind - 1]! + bits[unit]!;
+    if (kind === MARK && number === 0) continue;
+    // A word ends where letters do.
+    if (!isLetter(kind) || isCharacter(kindBefore)) {
+      if (before > 0) addLetter(costs, languages, before, 0);
+      before = 0;
+      least = changeLanguage(costs);
+      if (common + least > limit * BIT) return Infinity;
+    }
+    if (isLetter(kind)) addLetter(costs, languages, before, number || -1);
+    else if (isCharacter(kind) && !isRepeated) addCharacter(costs, languages, unit);
+    [kindBefore, before, unitBefore] = [kind, isLetter(kind) ? number : 0, unit];
+  }
+  return (common + least) / BIT;
+}
+
+/** A letter costs by the one before it; 0 is the edge of a word, -1 a letter of no language here. */
+function addLetter(costs: Float64Array, languages: readonly Language[], before: number, number: number): void {
+  for (let i = 0; i < costs.length; i++) {
+    const { alphabet, size, pairs } = languages[i]!;
+    costs[i]! += number < 0 ? UNKNOWN * BIT : pairs[alphabet[before]! * size + alphabet[number]!]!;
+  }
+}
+
+function addCharacter(costs: Float64Array, languages: readonly Language[], unit: number): void {
+  for (let i = 0; i < costs.length; i++) costs[i]! += languages[i]!.characters?.[unit] ?? STRANGE * BIT;
+}
+
+/** A word may be in another language than the one before. Returns what the best costs. */
+function changeLanguage(costs: Float64Array): number {
+  let least = Infinity;
+  for (const cost of costs) if (cost < least) least = cost;
+  for (let i = 0; i < costs.length; i++) costs[i] = Math.min(costs[i]!, least + SWITCH * BIT);
+  return least;
+}
+
+// What garbled a text.
 
 /** One explanation of garbled text. */
 interface Diagnosis {
@@ -3535,283 +4159,268 @@ interface Diagnosis {
   readonly text: string;
   /** Characters lost for good: U+FFFD in the recovered text. */
   readonly lost: number;
+  /** What it is, where no mix-up was undone. */
+  readonly note?: string;
 }
 
-/** How much of a text is looked at. */
+/** An explanation under way, with what its steps cost, and with the text. */
+interface Explanation extends Omit<Diagnosis, "lost" | "note"> {
+  readonly stepBits: number;
+  readonly bits: number;
+}
+
+/** How much of a text is looked at, in characters. */
 const DIAGNOSED = 200;
-/** Bits that an explanation may cost more than the best. */
-const WORSE = 20;
+/** Bits for a mix-up, for one across parts of the world, and for another one before it. */
+const MIX_UP = 5, UNUSUAL = 7, AGAIN = 8;
+/** Bits that an explanation must save, that it may cost more than the best, and that a character of it may cost. */
+const MARGIN = 2, WORSE = 20, ORDINARY = 12;
 
 /**
  * Finds what garbled a text, best explanation first; none if it looks fine as it is.
  * Looks at the first 200 characters. Never throws.
  */
 function diagnose(garbled: string): Diagnosis[] {
-  const all = [...garbled.slice(0, DIAGNOSED * 2 + 2).toWellFormed()], cut = all.length > DIAGNOSED;
-  const text = all.slice(0, DIAGNOSED).join("");
-  const asIs = bitsOf(text, Infinity), best = new Map<string, Explanation>();
+  const characters = [...garbled.slice(0, DIAGNOSED * 2).toWellFormed()].slice(0, DIAGNOSED);
+  const text = characters.join("").replace(/\ufffd{2,3}/g, "\ufffd"), composed = text.normalize("NFC");
+  const asIs = bitsOf(composed, everyLanguage()), found = new Map<string, Explanation>();
   // A question mark may stand for a byte lost.
   const texts = new Set([text, text.replace(/(?<=\P{ASCII})\?/gu, "\ufffd")]);
   let beam = [...texts].map((text): Explanation => ({ text, steps: [], stepBits: 0, bits: asIs }));
   for (let round = 0; round < 2; round++) {
-    const next = beam.flatMap((from) => undo(from, asIs + 10, cut)).sort((a, b) => a.bits - b.bits);
-    for (const found of next) {
-      if (found.bits < (best.get(found.text)?.bits ?? asIs - MARGIN)) best.set(found.text, found);
+    const next = beam.flatMap((from) => undo(from, asIs)).sort((a, b) => a.bits - b.bits);
+    for (const explanation of next) {
+      const { text, bits, stepBits } = explanation, isOrdinary = bits - stepBits <= ORDINARY * text.length + 8;
+      const isBetter = bits < (found.get(text)?.bits ?? asIs - MARGIN) && text !== composed;
+      if (isOrdinary && isBetter) found.set(text, explanation);
     }
-    beam = next.filter((found) => !found.text.includes("\ufffd") || text.includes("\ufffd")).slice(0, 4);
+    beam = next.filter(({ text }) => countLost(text) === 0).slice(0, 4);
   }
-  best.delete(text);
-  const sorted = [...best.values()].sort((a, b) => a.bits - b.bits);
-  return sorted.filter(({ bits }) => bits < sorted[0]!.bits + WORSE).slice(0, 8)
-    .map(({ steps, text }) => ({ steps, text, lost: countMatches(text, /\ufffd/g) }));
+  const sorted = [...found.values()].sort((a, b) => a.bits - b.bits);
+  const likely = sorted.filter(({ bits }) => bits < sorted[0]!.bits + WORSE).slice(0, 8);
+  return [...likely.map(({ steps, text }) => ({ steps, text, lost: countLost(text) })), ...otherThanMixUps(text)];
 }
 
-/** Encodings that meet in one part of the world, commonest first: the nearer the front, the likelier mixed up. */
-const NEIGHBOURS: readonly (readonly string[])[] = `
-  utf-8 windows-1252 macintosh iso-8859-15 windows-1251 ibm866 koi8-r
-  utf-8 windows-1252 gbk big5 shift_jis utf-16le utf-16be
-  utf-8 gbk windows-1252 big5 shift_jis euc-kr windows-1251 windows-1250
-  utf-8 big5 gbk windows-1252 shift_jis
-  utf-8 shift_jis euc-jp iso-2022-jp windows-1252 gbk euc-kr macintosh
-  utf-8 euc-kr windows-1252 gbk shift_jis big5
-  utf-8 windows-1251 koi8-r ibm866 windows-1252 iso-8859-5 gbk macintosh x-mac-cyrillic koi8-u
-  utf-8 windows-1250 windows-1252 iso-8859-2 gbk
-  utf-8 windows-1256 windows-1252 iso-8859-6 gbk
-  utf-8 windows-1253 windows-1252 iso-8859-7 gbk
-  ${["1254", "1255", "1257", "1258", "874"].map((page) => `utf-8 windows-${page} windows-1252 gbk`).join("\n")}
-`.trim().split("\n").map((row) => row.trim().split(" "));
+const countLost = (text: string) => text.split("\ufffd").length - 1;
 
-const SUSPECTS: readonly string[] = [...new Set(NEIGHBOURS.flat())];
-
-/** Bits for: any pair, and one of no row; garbling text again; explaining at all; a foreign letter; what no charset is for. */
-const PAIR = 3, UNUSUAL = 7, AGAIN = 6, MARGIN = 2, FOREIGN = 9, MISPLACED = 6;
-/** Bits saved by each character beyond ASCII in valid UTF-8, since other bytes hardly ever look like it. */
-const UTF8_BONUS = 2;
-
-/** What a character costs: the first row that matches. Characters are in NFD, so Hangul in letters. */
-const CHARACTER_BITS: readonly (readonly [RegExp, number])[] = [
-  [/^[ a-z]/, 4],
-  [/^[\nA-Z0-9.,:;?!'"()\/_-]/, 6],
-  [/^[!-~\r\t]/, 8],
-  [/^\ufffd/, 16],
-  [/^[\p{Co}\p{Cn}\p{Cc}\p{Cs}]/u, 22],
-  [/^[‘’“”„«»…–—、。，！？：；（）「」『』《》・ー€£§©®°±µ×²³¼½¾\u00a0]/, 8],
-  [/^[─│┌┐└┘├┤┬┴┼]/, 6],
-  [/^[\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Hebrew}\p{Script=Arabic}\p{Script=Thai}]/u, 5.5],
-  [/^[ᄀᄂᄃᄅᄆᄇᄉᄋᄌᄒ][ᅡᅢᅥᅦᅧᅩᅭᅮᅳᅵ][ᆨᆫᆯᆷᆸᆺᆻᆼ]?$/, 8],
-  [
-    /^[一不世东中为主也了事些京人今他以们件任何作你使來個們入全公关出分前动動化北卜司合同名和品回国國在地多大天好如子字学學安定实實对對小就己市年开開当後得心思想意成我手文新无日时時明是月有本来東样法注然無現现理生用田當的目看知种種第経經经者而能自至着行要見见言訊計訂記詞話語請說论请话语说谁谢謝起这過过还進进這通那部都里重長问間關长電面題高点]/,
-    7,
-  ],
-  [/^\p{Script=Han}/u, 10.5],
-  [/^[оеаинтсрвлкмпдуяαοιετσνηυρ]\p{M}?$/iu, 4.5],
-  [/^[\p{Script=Latin}\p{Script=Cyrillic}\p{Script=Greek}]/u, 7],
-  [/^[\p{L}\p{M}]/u, 12],
-  [/^/, 11],
-];
-
-/** What neighbours cost on top. */
-const NEIGHBOUR_BITS: readonly (readonly [RegExp, number])[] = [
-  // Case: small before capital, two capitals before small.
-  [/\p{Ll}\p{Lu}/gu, 8],
-  [/\p{Lu}{2}\p{Ll}/gu, 4],
-  // Signs within a word, signs beside a letter.
-  [/\p{L}(?:[^\p{L}\p{M}\p{P}\p{Z}\p{N}\p{Cc}+=<>|~]|[·¿¡«»†‡])+(?=\p{L})/gu, 5],
-  [/\p{L}[¹³±¼¾¥¦¶¤¨¸]|[£¼¾¥¦¶]\p{L}/gu, 4],
-  // Two letters with accents; scripts that do not share a word; a space in Chinese.
-  [/[\u0080-\u024f](?!\p{Lu})[\u0080-\u024f]/gu, 3],
-  [/[A-Za-z][\u0370-\u0fff]|[\u0370-\u0fff][A-Za-z]/g, 6],
-  [/[a-z][\u3040-\ud7ff\uff66-\uff9f]|[\u3040-\ud7ff\uff66-\uff9f][a-z]/g, 5],
-  [/[\uff66-\uff9f]\p{Script=Han}|\p{Script=Han}[\uff66-\uff9f]/gu, 4],
-  [/[A-Za-z\p{Script=Han}] (?=\p{Script=Han})/gu, 4],
-  // Spelling: final letters, Greek accents, Cyrillic vowels, a mark on nothing.
-  [/[ςםןץףך](?=\p{L})/gu, 6],
-  [/(?<!\p{Script=Greek})[α-ω]{3,}(?!\p{Script=Greek})/giu, 6],
-  [/[бвгджзйклмнпрстфхцчшщъь]{4}|[аеиоуыэюяії]{3}|(?<!\p{L})[бвгджзйклмнпрстфхцчшщъь]{2}(?!\p{L})/giu, 4],
-  [/(?<![\p{L}\p{M}])[\u0591-\u05c7\u0e31\u0e34-\u0e3a\u0e47-\u0e4e]/gu, 8],
-];
-
-/** Letters that nobody would write in an encoding made for others. */
-const MISPLACED_LETTERS: Readonly<Record<string, RegExp>> = {
-  gbk: /(?![A-Za-z\p{Script=Han}])\p{L}/gu,
-  big5: /(?![A-Za-z\p{Script=Han}])\p{L}/gu,
-  shift_jis: /(?![A-Za-zー\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}])\p{L}/gu,
-  "euc-jp": /(?![A-Za-zー\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}])\p{L}/gu,
-  "euc-kr": /(?![A-Za-z\p{Script=Hangul}])\p{L}/gu,
-};
-
-/**
- * The letters beyond A to Z of one language each: those of a text should all be from one. Where there are too many
- * to list, the common ones, which stand together in Unicode or in the charset made for that language ("level 1").
- */
-function makeLanguages(): ReadonlySet<string>[] {
-  return `äöüß àâæçèéêëîïôœùûüÿ áéíñóúüªº áâãàçéêíóôõúü àèéìíîòóù äåéö åæéø áæéíðóöúýþ ąćęłńóśźż áčďéěíňóřšťúůýž
-  áäčďéíĺľňóôŕšťúýž áéíóöőúüű ăâîșțşţ ćčđšž âçğîıİöşûü äõöüšž āčēģīķļņšūž ąčęėįšųūž
-  ${"aăâeêioôơuưy".replace(/./g, "$&$&\u0300$&\u0301$&\u0303$&\u0309$&\u0323").normalize("NFC")}đ
-  абвгдеёжзийклмнопрстуфхцчшщъыьэюя абвгґдеєжзиіїйклмнопрстуфхцчшщьюяў абвгдежзијклљмнњопрстћуфхцчџшђѓќѕ
-  αβγδεζηθικλμνξοπρσςτυφχψωάέήίόύώϊϋΐΰ ${letters("utf-16be", 0x05, 0x05, 0xd0, 0xea)}
-  ${letters("utf-16be", 0x06, 0x06, 0x21, 0x4a)}پچژکگی ${letters("utf-16be", 0x0e, 0x0e, 0x01, 0x4e)}
-  ${letters("gbk", 0xb0, 0xd7, 0xa1, 0xfe)} ${letters("big5", 0xa4, 0xc6, 0x40, 0xfe)}
-  ${letters("euc-kr", 0xb0, 0xc8, 0xa1, 0xfe)} ${letters("euc-jp", 0xa4, 0xa5, 0xa1, 0xf6)}${
-    letters("euc-jp", 0xb0, 0xcf, 0xa1, 0xfe)
-  }${letters("euc-jp", 0x8e, 0x8e, 0xa6, 0xdf)}`.split(/\s+/).map((language) =>
-    new Set(language + language.toUpperCase())
-  );
-}
-
-/** The characters of these rows and columns of a charset of two bytes. */
-function letters(encoding: string, firstRow: number, lastRow: number, first: number, last: number): string {
-  const codes = range(firstRow, lastRow).flatMap((row) => range(first, last).flatMap((column) => [row, column]));
-  return decodeText(Uint8Array.from(codes), encoding);
-}
-
-/** Letters of the scripts above; of other scripts, none is foreign. */
-const LISTED =
-  /(?![A-Za-z])[\p{Script=Latin}\p{Script=Cyrillic}\p{Script=Greek}\p{Script=Hebrew}\p{Script=Arabic}\p{Script=Thai}\p{Script=Han}\p{Script=Hangul}\p{Script=Hiragana}\p{Script=Katakana}]/u;
-
-const languages = lazily(makeLanguages);
-/** By UTF-16 code unit, when first met: its bits, and the languages it is foreign to, one bit each. */
-const unitBits = lazily(() => new Float32Array(0x10000)), unitForeign = lazily(() => new Int32Array(0x10000));
-
-/** Looks a character up; those of two units are not kept. */
-function lookUp(character: string): number {
-  const unit = character.length === 1 ? character.charCodeAt(0) : 0xffff;
-  if (unitBits()[unit] === 0 || unit === 0xffff) {
-    unitBits()[unit] = CHARACTER_BITS.find(([pattern]) => pattern.test(character.normalize("NFD")))![1];
-    unitForeign()[unit] = LISTED.test(character)
-      ? languages().reduce((set, language, i) => language.has(character) ? set : set | 1 << i, 0)
-      : 0;
-  }
-  return unit;
-}
-
-/** What a text costs; Infinity if that is beyond the limit. */
-function bitsOf(text: string, limit: number): number {
-  let sum = 0;
-  const foreign = new Map<number, number>();
-  for (const character of text) {
-    const unit = lookUp(character), set = unitForeign()[unit]!;
-    sum += unitBits()[unit]!;
-    if (sum > limit) return Infinity;
-    if (set !== 0) foreign.set(set, (foreign.get(set) ?? 0) + 1);
-  }
-  if (foreign.size > 0) {
-    const counts = languages().map((_, i) => [...foreign].reduce((n, [set, count]) => n + (set >> i & 1) * count, 0));
-    sum += FOREIGN * Math.min(...counts);
-  }
-  for (const [pattern, bits] of NEIGHBOUR_BITS) sum += sum > limit ? Infinity : bits * countMatches(text, pattern);
-  return sum;
-}
-
-function countMatches(text: string, pattern: RegExp): number {
-  return text.match(pattern)?.length ?? 0;
-}
-
-const PAIR_BITS = new Map<string, number>();
-
-/** What a pair costs; most for an encoding with itself. */
-function pairBits(written: string, read: string): number {
-  const key = `${written} ${read}`, known = PAIR_BITS.get(key);
-  if (known !== undefined) return known;
-  const rows = NEIGHBOURS.filter((row) => row.includes(written) && row.includes(read));
-  const places = rows.map((row) => row.indexOf(written) + row.indexOf(read));
-  const bits = written === read ? Infinity : PAIR + Math.min(UNUSUAL, ...places);
-  PAIR_BITS.set(key, bits);
-  return bits;
-}
-
-/** What it costs, or saves, that this text was written in this encoding. */
-function writtenBits(text: string, written: string): number {
-  if (written === "utf-8") return -UTF8_BONUS * countMatches(text, /[^\p{ASCII}\ufffd]/gu);
-  const misplaced = MISPLACED_LETTERS[written];
-  return misplaced === undefined ? 0 : MISPLACED * countMatches(text, misplaced);
-}
-
-/** The bytes that were read as this text, in pieces between those lost; undefined if it has a character too many. */
-function bytesBehind(text: string, read: string): Uint8Array<ArrayBuffer>[] | undefined {
-  // All Latin-1 is windows-1252 here; elsewhere it has control characters.
-  const known = read !== "windows-1252"
-    ? text
-    : text.replace(/\p{Cc}/gu, (control) => decodeText(Uint8Array.of(control.charCodeAt(0)), read));
-  const pieces = known.split("\ufffd").map((piece) => encodeText(piece, read, "replacement"));
-  return pieces.some(({ lost }) => lost > 0) ? undefined : pieces.map(({ bytes }) => bytes);
-}
-
-/** Bytes, as Latin-1, that often come damaged: a no-break space made a space, escape characters dropped. */
-const REPAIRS: Readonly<Record<string, (bytes: string) => string>> = {
-  "utf-8": (bytes) => bytes.replace(/([\xc2-\xdf]|[\xe1-\xef][\x80-\xbf]) /g, "$1\xa0"),
-  "iso-2022-jp": (bytes) => bytes.replaceAll("\x1b", "").replace(/\$[@B]|\([BJ]/g, "\x1b$&"),
-};
-
-const DECODERS = new Map<string, TextDecoder>();
-
-/** What bytes, in pieces between those lost, were meant as. */
-function meaning(pieces: readonly Uint8Array<ArrayBuffer>[], written: string): string {
-  const decoder = DECODERS.get(written) ?? new TextDecoder(written), repair = REPAIRS[written];
-  DECODERS.set(written, decoder);
-  if (pieces.length === 1 && repair === undefined) return decoder.decode(pieces[0]);
-  if (!isMultiByte(written) && !written.startsWith("utf-")) {
-    return pieces.map((bytes) => decoder.decode(bytes)).join("\ufffd");
-  }
-  // What was lost may be part of a character. FF is part of none, and UTF-8 makes one U+FFFD of each odd byte.
-  const bytes = pieces.map((piece) => latin1(piece)).join("\xff");
-  const text = decoder.decode(latin1Bytes(repair?.(bytes) ?? bytes));
-  return pieces.length > 1 && written === "utf-8" ? text.replace(/\ufffd{1,3}/g, "\ufffd") : text;
-}
-
-interface Explanation extends Omit<Diagnosis, "lost"> {
-  /** What the steps cost; and with the text. */
-  readonly stepBits: number;
-  readonly bits: number;
-}
-
-/** Undoes each pair once, unless the text left costs more than the limit; `cut` is whether the text goes on. */
-function undo(from: Explanation, limit: number, cut: boolean): Explanation[] {
+/** Undoes each pair once, as long as that costs less than the limit. */
+function undo(from: Explanation, limit: number): Explanation[] {
   const found = new Map<string, Explanation>(), again = from.steps.length > 0 ? AGAIN : 0;
-  for (const [pieces, reads] of readings(from.text)) {
-    for (const written of SUSPECTS) {
-      const text = meaning(pieces, written).replace(cut ? /\ufffd+$/ : "", "");
-      const read = reads.reduce((a, b) => pairBits(written, b) < pairBits(written, a) ? b : a);
-      if (text === from.text || text === "" || read === written) continue;
-      const stepBits = from.stepBits + again + pairBits(written, read) + writtenBits(text, written);
-      const known = found.get(text);
-      if (stepBits >= (known?.stepBits ?? Infinity)) continue;
-      const bits = stepBits + (known === undefined ? bitsOf(text, limit) : known.bits - known.stepBits);
-      if (
-        bits < Infinity && (pieces.length > 1 ? isMostlyLeft(text, written) : isWritten(text, written, pieces[0]!, cut))
-      ) {
-        found.set(text, { text, steps: [...from.steps, { written, read }], stepBits, bits });
+  for (const [pieces, readers] of readersOf(from.text)) {
+    for (const written of mixedUp()) {
+      const read = readers.reduce((a, b) => mixUpBits(written, b) < mixUpBits(written, a) ? b : a);
+      if (read === written) continue;
+      const steps = [...from.steps, { written: written.encoding, read: read.encoding }];
+      for (const { text, bits } of meanings(pieces, written)) {
+        const stepBits = from.stepBits + again + mixUpBits(written, read) + bits,
+          least = found.get(text)?.bits ?? limit;
+        if (text === from.text || text === "" || stepBits >= least) continue;
+        const cost = stepBits + bitsOf(text, written.languages(), least - stepBits);
+        if (cost < least) found.set(text, { text, steps, stepBits, bits: cost });
       }
     }
   }
   return [...found.values()];
 }
 
-/** Whether at most half is lost. (UTF-16 never loses a single byte.) */
-function isMostlyLeft(text: string, written: string): boolean {
-  return countMatches(text, /\ufffd/g) * 2 <= text.length && !written.startsWith("utf-16");
+/** The encodings of DOS and of old zip archives, which the Encoding Standard lacks: their characters from 80 to FF. */
+// deno-fmt-ignore
+const DOS: ReadonlyMap<string, string> = new Map([
+  ["cp437", "ÇüéâäàåçêëèïîìÄÅÉæÆôöòûùÿÖÜ¢£¥₧ƒáíóúñÑªº¿⌐¬½¼¡«»░▒▓│┤╡╢╖╕╣║╗╝╜╛┐└┴┬├─┼╞╟╚╔╩╦╠═╬╧╨╤╥╙╘╒╓╫╪┘┌█▄▌▐▀αßΓπΣσµτΦΘΩδ∞φε∩≡±≥≤⌠⌡÷≈°∙·√ⁿ²■\xa0"],
+  ["cp850", "ÇüéâäàåçêëèïîìÄÅÉæÆôöòûùÿÖÜø£Ø×ƒáíóúñÑªº¿®¬½¼¡«»░▒▓│┤ÁÂÀ©╣║╗╝¢¥┐└┴┬├─┼ãÃ╚╔╩╦╠═╬¤ðÐÊËÈıÍÎÏ┘┌█▄¦Ì▀ÓßÔÒõÕµþÞÚÛÙýÝ¯´\xad±‗¾¶§÷¸°¨·¹³²■\xa0"],
+]);
+
+/** What texts are written in and read as. The lines below are of the first three parts of `ownCandidates`. */
+const mixedUp = lazily(() => [
+  ...ownCandidates(),
+  ...candidates(`
+  iso-2022-jp 2 ja en
+  cp437 6 en fr de es it nl sv fi; cp850 6 en fr de es pt it nl sv da no fi is
+  utf-16le 6 en zh ja; utf-16be 8 en zh ja`),
+]);
+
+/** What a pair costs: little where both are used in one part of the world, or much is written or read so. */
+function mixUpBits(written: Candidate, read: Candidate): number {
+  const isUsual = written.part === read.part || written.encoding === "utf-8" ||
+    ["utf-8", "windows-1252", "gbk"].includes(read.encoding);
+  return MIX_UP + written.rarity + read.rarity + (isUsual ? 0 : UNUSUAL);
 }
 
-/** Whether text is written as these bytes: all of them, or but for a character cut off. */
-function isWritten(text: string, written: string, bytes: Uint8Array<ArrayBuffer>, cut: boolean): boolean {
-  const encoded = encodeText(text, written, "replacement"), given = latin1(bytes);
-  const wanted = REPAIRS[written]?.(given) ?? given, rest = wanted.length - encoded.bytes.length;
-  return encoded.lost === 0 && rest <= (cut ? 3 : 0) && wanted.startsWith(latin1(encoded.bytes));
-}
+/** Bytes, as Latin-1, in pieces between those lost. */
+type Pieces = readonly string[];
 
 /** The bytes that may be behind a text, with the encodings that would read them so. */
-function readings(text: string): Iterable<readonly [Uint8Array<ArrayBuffer>[], string[]]> {
-  const found = new Map<string, readonly [Uint8Array<ArrayBuffer>[], string[]]>(), ascii = /^\p{ASCII}*$/u.test(text);
-  const lossy = text.includes("\ufffd");
-  for (const read of SUSPECTS) {
-    // What is read as UTF-8 loses all that is not; what is read as ISO-2022-JP is hardly garbled.
-    const unlikely = read === "iso-2022-jp" || read === "utf-8" && !ascii || read.startsWith("utf-16") && lossy;
-    const pieces = unlikely ? undefined : bytesBehind(text, read);
-    if (pieces === undefined) continue;
-    const key = pieces.join("|");
+function readersOf(text: string): Iterable<readonly [Pieces, Candidate[]]> {
+  const found = new Map<string, readonly [Pieces, Candidate[]]>();
+  const isAscii = /^\p{ASCII}*$/u.test(text), isLossy = text.includes("\ufffd");
+  for (const read of mixedUp()) {
+    const { encoding } = read;
+    // What is read as UTF-8 loses all that is not; what is read as ISO-2022-JP is hardly garbled; UTF-16 loses nothing.
+    if (encoding === "iso-2022-jp" || encoding === "utf-8" && !isAscii || encoding.startsWith("utf-16") && isLossy) {
+      continue;
+    }
+    const pieces = text.split("\ufffd").map((piece) => bytesBehind(piece, encoding));
+    if (!pieces.every((piece) => piece !== undefined)) continue;
+    const key = pieces.join("\ufffd");
     found.set(key, [pieces, [...found.get(key)?.[1] ?? [], read]]);
   }
   return found.values();
+}
+
+/** The bytes that were read as this text; undefined if it has a character that is not read so. */
+function bytesBehind(text: string, read: string): string | undefined {
+  const dos = DOS.get(read);
+  if (dos !== undefined) {
+    const codes = text.replace(/\P{ASCII}/gu, (character) => String.fromCharCode(dos.indexOf(character) + 0x80));
+    return codes.includes("\x7f") ? undefined : codes;
+  }
+  // All Latin-1 is windows-1252 here; elsewhere it has control characters.
+  const { bytes, lost } = encodeText(
+    read === "windows-1252" ? text.replace(/[\x80-\x9f]/g, asWindows1252) : text,
+    read,
+    "replacement",
+  );
+  if (lost === 0) return latin1(bytes);
+  const unwritten = UNWRITTEN.get(read)?.();
+  if (unwritten === undefined || ![...text].some((character) => unwritten.has(character))) return undefined;
+  const codes = Array.from(text, (character) => unwritten.get(character) ?? bytesBehind(character, read));
+  return codes.includes(undefined) ? undefined : codes.join("");
+}
+
+const asWindows1252 = (control: string) => decodeText(Uint8Array.of(control.charCodeAt(0)), "windows-1252");
+
+/** The bytes of characters that are read but never written (Encoding §11.1, §12.1, §12.3). */
+const UNWRITTEN: ReadonlyMap<string, () => ReadonlyMap<string, string>> = new Map([
+  ["big5", lazily(() => charactersIn("big5", "", 0x87, 0xa0))],
+  ["euc-jp", lazily(() => charactersIn("euc-jp", "\x8f", 0xa1, 0xfe))],
+  ["shift_jis", lazily(() => charactersIn("shift_jis", "", 0xf0, 0xf9))],
+]);
+
+function charactersIn(encoding: string, before: string, first: number, last: number): ReadonlyMap<string, string> {
+  const columns = range(0x40, 0xfe);
+  const codes = range(first, last).flatMap((row) => columns.map((column) => before + String.fromCharCode(row, column)));
+  const characters = decode(latin1Bytes(codes.join("\n")), encoding).split("\n");
+  return new Map(characters.map((character, i) => [character, codes[i]!]));
+}
+
+/**
+ * Bytes, as Latin-1, that often come damaged: in UTF-8, a no-break space made a space, a 9D dropped, and of a character
+ * with a byte lost (an FF here), the rest; in ISO-2022-JP, whose characters are two bytes from one escape to the next,
+ * the escape characters.
+ */
+const REPAIRS: ReadonlyMap<string, (bytes: string) => string> = new Map([
+  [
+    "utf-8",
+    (bytes) =>
+      bytes.replace(/([\xc2-\xdf]|[\xe1-\xef][\x80-\xbf]) /g, "$1\xa0").replace(
+        /\xe2\x80(?![\x80-\xbf\xff])/g,
+        "$&\x9d",
+      )
+        .replace(/(?:[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})?\xff+[\x80-\xbf]{0,2}/g, "\xff"),
+  ],
+  // deno-lint-ignore no-control-regex
+  ["iso-2022-jp", (bytes) => bytes.replace(/\x1b?\$[@B]((?:[!-~]{2})*?)(?:\x1b?\([BJ]|$)/g, "\x1b$$B$1\x1b(B")],
+]);
+
+interface Meaning {
+  readonly text: string;
+  /** For what was cut off; fewer for what proves itself. */
+  readonly bits: number;
+}
+
+/** What bytes may have been meant as. */
+function meanings(pieces: Pieces, written: Candidate): readonly Meaning[] {
+  const { encoding } = written;
+  if (pieces.length > 1) {
+    return meaningsOfPieces(pieces, written).filter(({ text }) => countLost(text) * 3 <= text.length);
+  }
+  const [given = ""] = pieces, bytes = REPAIRS.get(encoding)?.(given) ?? given;
+  const starts = isMultiByte(encoding) && /^[\x80-\xff]..../s.test(bytes) ? [0, 1] : [0];
+  return starts.flatMap((start) => {
+    const text = decode(latin1Bytes(bytes.slice(start)), encoding).replace(/^\ufeff/, "");
+    // A character may be cut off at each end. Other bytes hardly ever look like UTF-8.
+    const kept = isWide(encoding) ? text.replace(/^\ufffd{1,3}(?=..)|(?<=..)\ufffd{1,3}$/gsu, "") : text;
+    const cut = text.length - kept.length + start, beyondAscii = kept.replace(/\p{ASCII}/gu, "").length;
+    const proof = encoding === "utf-8" ? Math.min(10, beyondAscii) : 0;
+    return cut > 0 && beyondAscii === 0 ? [] : [{ text: kept, bits: cut * CUT - proof }];
+  });
+}
+
+function meaningsOfPieces(pieces: Pieces, written: Candidate): readonly Meaning[] {
+  const { encoding } = written;
+  if (encoding.startsWith("utf-16") || encoding === "iso-2022-jp") return [];
+  // What was lost may be part of a character: FF is part of none.
+  if (encoding === "utf-8") {
+    return [{ text: decode(latin1Bytes(REPAIRS.get(encoding)!(pieces.join("\xff"))), encoding), bits: 0 }];
+  }
+  return [{ text: pieces.map((bytes) => aligned(bytes, written)).join("\ufffd"), bits: 0 }];
+}
+
+/** A piece after something lost may begin within a character. */
+function aligned(bytes: string, { encoding, languages }: Candidate): string {
+  if (!isMultiByte(encoding)) return decode(latin1Bytes(bytes), encoding);
+  const [whole = "", rest = ""] = [bytes, bytes.slice(1)].map((bytes) =>
+    decode(latin1Bytes(bytes), encoding).replace(/^\ufffd|\ufffd$/g, "")
+  );
+  return bitsOf(rest, languages()) + CUT < bitsOf(whole, languages()) ? rest : whole;
+}
+
+/** What is not a mix-up but looks like one: what it is, and what it stands for. */
+const OTHER_ESCAPES:
+  readonly (readonly [note: string, escape: RegExp, meaning: (escape: string, ...groups: string[]) => string])[] = [
+    [
+      "character references of HTML",
+      /&#(?:x([0-9a-f]{1,6})|(\d{1,7}));/gi,
+      (escape, hex, decimal) => characterOf(hex ? parseInt(hex, 16) : Number(decimal)) ?? escape,
+    ],
+    [
+      "escapes of JavaScript and JSON",
+      /\\u(?:([0-9a-f]{4})|\{([0-9a-f]{1,6})\})/gi,
+      (escape, four, any) => characterOf(parseInt(four ?? any ?? "", 16)) ?? escape,
+    ],
+    ["percent-encoding of URLs", /(?:%[0-9a-f]{2})+/gi, (escape) => {
+      const bytes = latin1Bytes(bytesIn(escape, "%"));
+      return decode(bytes, isMostlyUtf8(bytes) ? "utf-8" : detect(bytes)[0]?.encoding ?? "utf-8");
+    }],
+    [
+      "encoded words of mail",
+      /=\?([\w-]{1,40})\?([bq])\?([^?\s]*)\?=(?:\s+(?==\?))?/gi,
+      (escape, charset, form, code) => encodedWord(charset ?? "", form === "b" || form === "B", code ?? "") ?? escape,
+    ],
+  ];
+
+const characterOf = (codePoint: number) => codePoint <= 0x10ffff ? String.fromCodePoint(codePoint) : undefined;
+
+/** Two hexadecimal digits after a sign are a byte. */
+function bytesIn(text: string, sign: "%" | "="): string {
+  return text.replace(
+    /[%=]([0-9a-f]{2})/gi,
+    (escape, hex) => escape[0] === sign ? String.fromCharCode(parseInt(hex, 16)) : escape,
+  );
+}
+
+/** RFC 2047 §2 and §4. */
+function encodedWord(charset: string, isBase64: boolean, code: string): string | undefined {
+  try {
+    return new TextDecoder(charset).decode(
+      latin1Bytes(isBase64 ? atob(code) : bytesIn(code.replaceAll("_", " "), "=")),
+    );
+  } catch {
+    return undefined; // No such charset, or no such code.
+  }
+}
+
+function otherThanMixUps(text: string): Diagnosis[] {
+  const found = OTHER_ESCAPES.flatMap(([note, escape, meaning]): Diagnosis[] => {
+    const meant = text.replace(escape, meaning);
+    return meant === text || /^\p{ASCII}*$/u.test(meant)
+      ? []
+      : [{ steps: [], text: meant, lost: countLost(meant), note }];
+  });
+  const lost = countLost(text), note = "read as UTF-8, which it was not: what was there is lost for good";
+  return lost === 0 || !/\p{L}/u.test(text)
+    ? found
+    : [...found, { steps: [{ written: "unknown", read: "utf-8" }], text, lost, note }];
 }
 
 // ── Media types ──────────────────────────────────────────────────────────────────────────────────
@@ -4271,9 +4880,10 @@ function formatSize(size: number): string {
 // has no script and may run none: under a false label any text could turn into markup.
 
 const LAB_ROUTES: readonly Route[] = [
-  [/^\/$/, labPage],
+  [/^\/$/, labPage, ["GET", "POST"]],
   [/^\/text$/, textFixture, ["GET", "POST"]],
-  [/^\/diagnose$/, describeDiagnosis],
+  [/^\/detect$/, describeDetection, ["POST"]],
+  [/^\/diagnose$/, describeDiagnosis, ["GET", "POST"]],
   [/^\/charsets$/, describeCharsets],
 ];
 
@@ -4317,13 +4927,64 @@ const USUAL_SUSPECTS = [
 /** Most characters that the tables of the page show. */
 const SHOWN_CHARACTERS = 48;
 
-/** `GET /`: the page. It shows the head of its own response, so its text is made when that is known. */
-function labPage(incoming: Incoming): Answer {
-  const { query, charset } = incoming, declare = readParameter(query, "declare", label);
-  const text = query.get("text") ?? sampleOf(charset).split(" / ")[1] ?? "Hello";
+/** What charsets are for. */
+const PURPOSES = lazily(() =>
+  new Map(
+    `utf-8 all of Unicode;utf-16le Unicode, two bytes each;utf-16be Unicode, two bytes each;gbk simplified Chinese
+    gb18030 simplified Chinese, all of Unicode;big5 traditional Chinese;shift_jis Japanese, Windows
+    euc-jp Japanese, Unix;iso-2022-jp Japanese, mail;euc-kr Korean;windows-1252 Western European
+    iso-8859-15 Western European with €;macintosh Western European, old Macs;windows-1250 Central European
+    iso-8859-2 Central European, Unix;iso-8859-16 South-Eastern European;windows-1251 Cyrillic;koi8-r Russian, Unix
+    koi8-u Ukrainian, Unix;iso-8859-5 Cyrillic, seldom;ibm866 Russian, DOS;x-mac-cyrillic Cyrillic, old Macs
+    windows-1253 Greek;iso-8859-7 Greek, Unix;windows-1254 Turkish;windows-1255 Hebrew;iso-8859-8 Hebrew, left to right
+    iso-8859-8-i Hebrew, Unix;windows-1256 Arabic;iso-8859-6 Arabic, seldom;windows-1257 Baltic;iso-8859-4 Baltic, old
+    iso-8859-13 Baltic, Unix;windows-1258 Vietnamese;windows-874 Thai;iso-8859-3 Maltese, Esperanto
+    iso-8859-10 Nordic;iso-8859-14 Celtic;x-user-defined bytes as private characters`
+      .split(/[;\n]/).map((row) => row.trim().split(/ (.*)/) as [string, string]),
+  )
+);
+
+/** A charset's name, and what it is for. */
+function nameAndPurpose(charset: string): string {
+  const purpose = PURPOSES().get(charset);
+  return purpose === undefined ? charset : `${charset}: ${purpose}`;
+}
+
+/** What the form of the page sent: in its query, or as content if that is long or a file. */
+interface SentForm {
+  readonly fields: URLSearchParams;
+  readonly file: Uint8Array<ArrayBuffer> | undefined;
+}
+
+async function readForm(incoming: Incoming): Promise<SentForm> {
+  if (incoming.method !== "POST") return { fields: incoming.query, file: undefined };
+  const type = incoming.header("content-type") ?? "";
+  if (essenceOf(type) !== "multipart/form-data") return { fields: await incoming.form(), file: undefined };
+  // The platform reads a form's text as UTF-8: given a character for each byte, it leaves the bytes as they are.
+  const content = UTF8_ENCODER.encode(latin1(await incoming.bytes()));
+  const form = await new Response(content, { headers: { "Content-Type": type } }).formData().catch((cause) => {
+    throw new HttpError(400, `Cannot parse the form: ${(cause as Error).message}`);
+  });
+  const texts = [...form].filter((entry): entry is [string, string] => typeof entry[1] === "string");
+  const bytes = texts.map(([name, value]) => [name, latin1Bytes(value)] as const), file = form.get("file");
+  const isGiven = file instanceof File && file.size > 0;
+  return {
+    fields: decodeForm(bytes, incoming.charset),
+    file: isGiven ? latin1Bytes(UTF8_DECODER.decode(await file.bytes())) : undefined,
+  };
+}
+
+/** `GET /`, `POST /`: the page. It shows the head of its own response, so its text is made when that is known. */
+async function labPage(incoming: Incoming): Promise<Answer> {
+  const { fields, file } = await readForm(incoming), declare = readParameter(fields, "declare", label);
+  const charset = readParameter(fields, "charset", encodingOption) ?? incoming.charset;
+  const readings = file === undefined ? [] : detectAll(file), [likeliest] = readings;
+  const given = file === undefined ? fields.get("text") : decodeText(file, likeliest?.charset ?? "utf-8");
+  const text = (given ?? sampleOf(charset).split(" / ")[1] ?? "Hello").replaceAll("\r\n", "\n");
   async function* body() {
     const { headText: requestHead, responseHead = "" } = incoming;
-    yield await Promise.resolve(encode(labHtml({ text, charset, declare, requestHead, responseHead }), charset));
+    const html = labHtml({ text, charset, declare, readings, requestHead, responseHead });
+    yield await Promise.resolve(encode(html, charset));
   }
   return {
     type: "text/html",
@@ -4339,45 +5000,55 @@ interface Experiment {
   readonly text: string;
   readonly charset: string;
   readonly declare: string | undefined;
+  /** What a file that was sent may be in. */
+  readonly readings: readonly Detection[];
   readonly requestHead: string;
   readonly responseHead: string;
 }
 
 function labHtml(experiment: Experiment): string {
-  const { text, charset, declare } = experiment;
+  const { text, charset, declare, readings } = experiment;
   const falsely = declare !== undefined && declare !== "none" &&
     !(LABELS.includes(declare) && encodingOf(declare) === charset);
+  const shownDeclare = falsely ? ` and declared as <strong>${escapeMarkup(declare)}</strong>` : "";
+  const truth = `<p class="notice"><a href="?${
+    labQuery({ text: excerpt(text), charset })
+  }">Declare the true charset again</a></p>`;
   return pageHtml(
     `charserve: ${charset}`,
     `<header>
 <h1>The charset lab</h1>
-<p>This page was sent in <strong>${charset}</strong>${
-      falsely ? ` and declared as <strong>${escapeMarkup(declare)}</strong>` : ""
-    }. Text is bytes, and a name for the rule that reads them; when the name is wrong, the text is garbled.</p>
-${
-      declare === undefined
-        ? ""
-        : `<p class="notice"><a href="?${labQuery({ text, charset })}">Declare the true charset again</a></p>`
-    }
+<p>This page was sent in <strong>${charset}</strong>${shownDeclare}. Text is bytes, and a name for the rule that reads them; when the name is wrong, the text is garbled.</p>
+${declare === undefined ? "" : truth}
 </header>
 <main>
 ${labForm(experiment)}
+${readings.length > 0 ? labDetection(readings) : labDiagnosis(text)}
 ${labCharacters(text, charset)}
 ${labReadings(text, charset)}
-${labDiagnosis(text)}
-<section aria-labelledby="greetings"><h2 id="greetings">Greetings</h2>
-<p>What ${charset} lacks was sent as a character reference: you can read it, but it costs up to eight times the bytes.</p>
-<dl class="greetings">${
-      GREETINGS.map(([language, code, greeting]) =>
-        `<div><dt>${language}</dt><dd lang="${code}"><bdi>${greeting}</bdi></dd></div>`
-      ).join("\n")
-    }</dl></section>
+${labGreetings(charset)}
 ${labWire(experiment)}
 </main>
 <footer><p>For programs: <a href="text?${
-      labQuery({ text, charset })
+      labQuery({ text: excerpt(text), charset })
     }">this text alone</a>, <a href="charsets">all charsets as JSON</a>.</p></footer>`,
   );
+}
+
+function labGreetings(charset: string): string {
+  const lacks = charset.startsWith("utf-")
+    ? ""
+    : `<p>What ${charset} lacks was sent as a character reference: you can read it, but it costs up to eight times the bytes.</p>\n`;
+  const greetings = GREETINGS.map(([language, code, greeting]) =>
+    `<div><dt>${language}</dt><dd lang="${code}"><bdi>${greeting}</bdi></dd></div>`
+  );
+  return `<section aria-labelledby="greetings"><h2 id="greetings">Greetings</h2>
+${lacks}<dl class="greetings">${greetings.join("\n")}</dl></section>`;
+}
+
+/** What of a text fits into a link. */
+function excerpt(text: string): string {
+  return shownCharacters(text).join("");
 }
 
 /** A query of the page, in the form that is read whatever the charset. */
@@ -4387,10 +5058,13 @@ function labQuery(parameters: Readonly<Record<string, string>>): string {
 
 function labForm({ text, charset, declare }: Experiment): string {
   const options = (chosen: string | undefined) =>
-    [...encodings().keys()].map((name) => `<option${name === chosen ? " selected" : ""}>${name}</option>`).join("");
-  return `<form class="card" action="./" aria-label="Experiment">
+    [...encodings().keys()].map((name) =>
+      `<option value="${name}"${name === chosen ? " selected" : ""}>${nameAndPurpose(name)}</option>`
+    ).join("");
+  return `<form class="card" action="./" method="post" enctype="multipart/form-data" aria-label="Experiment">
 <input type="hidden" name="_charset_">
 <label class="wide">Text <textarea name="text" rows="3" spellcheck="false">\n${escapeMarkup(text)}</textarea></label>
+<label class="wide">or a file, whose charset is looked for <input type="file" name="file"></label>
 <label>Sent in <select name="charset">${options(charset)}</select></label>
 <label>Declared as <select name="declare"><option value="">the truth</option><option value="none"${
     declare === "none" ? " selected" : ""
@@ -4451,10 +5125,8 @@ function labReadings(text: string, charset: string): string {
   const others = [...encodings().keys()].filter((name) => !USUAL_SUSPECTS.includes(name));
   const table = (names: readonly string[]) => {
     const rows = names.filter((name) => name !== charset).map((name) => {
-      const reading = controlPictures(
-        escapeMarkup(decodeText(bytes, name)).replaceAll("\uFFFD", "<mark>&#xFFFD;</mark>"),
-      );
-      const link = `<a href="?${labQuery({ text, charset, declare: name })}">${name}</a>`;
+      const reading = readingHtml(decodeText(bytes, name));
+      const link = `<a href="?${labQuery({ text: excerpt(text), charset, declare: name })}">${name}</a>`;
       return `<tr><th scope="row">${link}</th><td class="text"><bdi>${reading}</bdi></td></tr>`;
     });
     return scrollable(
@@ -4532,21 +5204,69 @@ ${table("request-head", "The request, as it came", requestHead)}
 ${table("response-head", "The response, as it went", responseHead)}</section>`;
 }
 
-/** `GET /diagnose`: what garbled a text, for programs. */
-function describeDiagnosis({ query }: Incoming): Answer {
-  return { type: "application/json", body: JSON.stringify(diagnose(query.get("text") ?? ""), null, 1) + "\n" };
+/** `GET /diagnose`, `POST /diagnose`: what garbled a text, for programs. */
+async function describeDiagnosis(incoming: Incoming): Promise<Answer> {
+  const text = incoming.method === "POST" ? await incoming.text() : incoming.query.get("text") ?? "";
+  return { type: "application/json", body: JSON.stringify(diagnose(text), null, 1) + "\n" };
+}
+
+/** A charset that bytes may be in. */
+interface Detection {
+  readonly charset: string;
+  readonly text: string;
+  /** From 0 to 1: how likely it is, compared with the others. */
+  readonly confidence: number;
+}
+
+/** Most readings that are told, and how much of the text of each, in characters. */
+const TOLD_READINGS = 8, TOLD_LENGTH = 1000;
+
+/** `POST /detect`: the charsets that bytes may be in, likeliest first, for programs. */
+async function describeDetection(incoming: Incoming): Promise<Answer> {
+  return { type: "application/json", body: JSON.stringify(detectAll(await incoming.bytes()), null, 1) + "\n" };
+}
+
+function detectAll(bytes: Uint8Array): Detection[] {
+  const told = (charset: string, confidence: number): Detection => ({
+    charset,
+    text: decodeText(bytes, charset).slice(0, TOLD_LENGTH).toWellFormed(),
+    confidence: Math.round(confidence * 1000) / 1000,
+  });
+  const said = sniffByteOrderMark(bytes) ?? saidEncoding(bytes, "text/html");
+  // What bytes prove of themselves needs no comparison; a declaration may be wrong, but browsers believe it.
+  const readings = detect(bytes).filter(({ encoding }) => encoding !== said).slice(0, TOLD_READINGS);
+  if (said !== undefined) return [told(said, 1), ...readings.map(({ encoding }) => told(encoding, 0))];
+  const [best] = readings, shares = readings.map(({ bits }) => 2 ** (best!.bits - bits));
+  const sum = shares.reduce((a, b) => a + b, 0);
+  return readings.map(({ encoding }, i) => told(encoding, shares[i]! / sum));
+}
+
+function labDetection(readings: readonly Detection[]): string {
+  const rows = readings.map(({ charset, text, confidence }) =>
+    `<tr><th scope="row">${charset}</th><td class="number">${
+      Math.round(confidence * 100)
+    } %</td><td class="text"><bdi>${readingHtml(excerpt(text))}</bdi></td></tr>`
+  );
+  const head = `<thead><tr><th scope="col">Charset<th scope="col">How sure<th scope="col">It reads</thead>`;
+  return `<section aria-labelledby="detection"><h2 id="detection">What is the file in?</h2>
+<p>Likeliest first. The text above is the file read so.</p>
+${scrollable("detection", `${head}<tbody>${rows.join("\n")}</tbody>`)}</section>`;
+}
+
+/** Text as markup, with what cannot be read marked. */
+function readingHtml(text: string): string {
+  return controlPictures(escapeMarkup(text)).replaceAll("\uFFFD", "<mark>&#xFFFD;</mark>");
 }
 
 function labDiagnosis(text: string): string {
-  const rows = diagnose(text).map(({ steps, text, lost }) => {
-    const way = steps.map(({ written, read }) => `${written} read as ${read}`).join(", then ");
+  const rows = diagnose(text).map(({ steps, text, lost, note }) => {
+    const way = note ?? steps.map(({ written, read }) => `${written} read as ${read}`).join(", then ");
     const loss = lost === 0
       ? ""
       : ` <small>${lost} ${lost === 1 ? "character is" : "characters are"} lost for good</small>`;
-    const shown = controlPictures(escapeMarkup(text)).replaceAll("\uFFFD", "<mark>&#xFFFD;</mark>");
-    return `<tr><td class="text"><bdi>${shown}</bdi>${loss}</td><td>${way}</td></tr>`;
+    return `<tr><td class="text"><bdi>${readingHtml(text)}</bdi>${loss}</td><td>${way}</td></tr>`;
   });
-  const head = `<thead><tr><th scope="col">It was<th scope="col">Written as, read as</thead>`;
+  const head = `<thead><tr><th scope="col">It was<th scope="col">What happened</thead>`;
   return `<section aria-labelledby="diagnosis"><h2 id="diagnosis">What went wrong?</h2>
 ${
     rows.length === 0
@@ -4882,6 +5602,8 @@ function lazily<T>(make: () => T): () => T {
 const LOG_LIMIT = 4 * 1024 * 1024;
 /** How long the end of a server waits for its last lines to be taken, in milliseconds. */
 const LOG_PATIENCE = 1000;
+/** Most files whose detected charset is told. */
+const DETECTIONS = 1000;
 /** For how long lines are gathered, in milliseconds. */
 const LOG_INTERVAL = 50;
 
@@ -4891,6 +5613,7 @@ class Log {
   readonly #write: (lines: string) => void | Promise<unknown>;
   #lines = "";
   #dropped = 0;
+  readonly #detected = new Set<string>();
   #timer: ReturnType<typeof setTimeout> | undefined;
   #writing: Promise<unknown> | undefined;
   #second = 0;
@@ -4922,6 +5645,18 @@ class Log {
         charset ?? "-"
       }"${rest}\n`,
     );
+  }
+
+  /** What a file's text was detected to be in; once a file. */
+  detection(path: string, encoding: string | undefined, isSure: boolean): void {
+    if (this.#form === "none" || this.#detected.has(path) || this.#detected.size >= DETECTIONS) return;
+    this.#detected.add(path);
+    const found = encoding === undefined
+      ? "its charset is not known"
+      : isSure
+      ? `read as ${encoding}`
+      : `perhaps ${encoding}`;
+    this.line(`${path} does not say its charset: ${found}`);
   }
 
   /** Something that whoever runs the server should know. */

@@ -2206,15 +2206,25 @@ const STORED: readonly [says: string, name: string, stored: string, label: strin
   ["a byte-order mark's, not what it was told", "a.txt", "\xfe\xff\x4f\x60", "text/plain;charset=utf-16be", {
     sourceCharset: "gbk",
   }],
-  ["what it was told, not a declaration's", "a.html", html("gbk", BIG5_YOU), "text/html;charset=big5", {
+  ["a declaration's, not what it was told", "a.html", html("gbk", GBK_YOU), "text/html;charset=gbk", {
     sourceCharset: "big5",
+  }],
+  ["UTF-8, not what it was told", "a.txt", YOU, "text/plain;charset=utf-8", { sourceCharset: "gbk" }],
+  ["what it was told", "a.txt", GBK_YOU, "text/plain;charset=gbk", { sourceCharset: "gbk" }],
+  ["nothing that it was told and that cannot be", "a.txt", "caf\xe9", "text/plain;charset=windows-1252", {
+    sourceCharset: "utf-8",
   }],
   ["no charset that nobody knows", "a.txt", GBK_YOU, "text/plain"],
   ["no charset that nobody knows, of a script", "a.js", GBK_YOU, "text/javascript"],
   ["no charset of a picture", "a.png", GBK_YOU, "image/png", { sourceCharset: "gbk", charset: "gbk" }],
   ["nothing that a comment declares", "a.html", `<!-- ${html("gbk", "")} -->${YOU}`, "text/html;charset=utf-8"],
   ["nothing that plain text declares", "a.txt", html("gbk", YOU), "text/plain;charset=utf-8"],
-  ["nothing declared behind 1024 bytes", "a.html", " ".repeat(1024) + html("gbk", GBK_YOU), "text/html"],
+  [
+    "what is declared behind 1024 bytes of head",
+    "a.html",
+    " ".repeat(1024) + html("gbk", GBK_YOU),
+    "text/html;charset=gbk",
+  ],
   ["nothing declared that does not exist", "a.html", html("klingon", YOU), "text/html;charset=utf-8"],
   ["UTF-8 for UTF-16 declared in ASCII", "a.html", html("utf-16", YOU), "text/html;charset=utf-8"],
   ["a false label, if it is told to", "a.html", html("gbk", GBK_YOU), "text/html;charset=big5", { declare: "big5" }],
