@@ -2530,7 +2530,7 @@ async function isUntouched(file: Deno.FsFile, opened: Deno.FileInfo, path: strin
   if (hasGrown(info) || isSameState(info, opened)) return true;
   if (info.size < opened.size) return false;
   // What is removed, or has another in its place, changes its state, but no byte.
-  const isGone = info.nlink !== opened.nlink || !isSameFile(statOf(path) ?? opened, info) || statOf(path) === undefined;
+  const there = statOf(path), isGone = there === undefined || !isSameFile(there, info) || info.nlink !== opened.nlink;
   if (isGone && isSameState({ ...info, ctime: opened.ctime }, opened)) return true;
   // What is being appended shows in the time first, and then in the size.
   await new Promise((resolve) => setTimeout(resolve, READ_PAUSE));
