@@ -1890,7 +1890,7 @@ function findPath(exchange: Exchange, site: Site, evidence: Evidence): Resource 
   for (const path of new Set(charsets.map((charset) => percentDecodeText(head.path, charset)))) {
     const found = site.isFile
       ? findRootFile(site, path, evidence, find)
-      : findBelow(server, site, path, evidence, find);
+      : findBelow(exchange, site, path, evidence, find);
     if (found !== undefined) return found;
   }
   return undefined;
@@ -1908,7 +1908,8 @@ function findRootFile(site: Site, path: string, evidence: Evidence, find: Find):
   return found?.info.isFile ? fileResource(site.path, found, evidence) : undefined;
 }
 
-function findBelow(server: HttpServer, site: Site, path: string, evidence: Evidence, find: Find): Resource | undefined {
+function findBelow(exchange: Exchange, site: Site, path: string, evidence: Evidence, find: Find): Resource | undefined {
+  const { server, head } = exchange;
   const segments = removeDotSegments(path), isFolder = /(?:^|\/)\.{0,2}$/.test(path);
   if (segments.some((name) => IMPOSSIBLE_NAME.test(name)) || isHidden(server, segments)) return undefined;
   const target = pathBelow(site, ...segments), found = find(target);
@@ -1920,10 +1921,16 @@ function findBelow(server: HttpServer, site: Site, path: string, evidence: Evide
     return page?.info.isFile ? fileResource(`${target}.html`, page, evidence) : undefined;
   }
   // Relative, so that it stays on this host, and behind a prefix that a proxy takes away.
-  if (!isFolder) return { kind: "redirect", location: `./${encodeURIComponent(segments.at(-1)!)}/` };
+  if (!isFolder) return { kind: "redirect", location: `./${encodeURIComponent(lastSegment(path, head.path))}/` };
   const index = pathBelow(site, ...segments, "index.html"), foundIndex = find(index);
   if (foundIndex?.info.isFile) return fileResource(index, foundIndex, evidence);
   return { kind: "folder", path: found.real, segments };
+}
+
+/** The last segment of a path, in which an encoded slash separates nothing for the client (RFC 3986 §2.2). */
+function lastSegment(path: string, encoded: string): string {
+  const slashes = encoded.slice(encoded.lastIndexOf("/")).match(/%2f/gi)?.length ?? 0;
+  return path.split("/").slice(-1 - slashes).join("/");
 }
 
 /** RFC 3986 §5.2.4: what `.` and `..` mean in a path, which never leaves ROOT. Empty segments mean nothing. */
