@@ -2061,7 +2061,8 @@ function represent(exchange: Exchange, resource: Resource): Message | Promise<Me
     case "redirect":
       return redirect(exchange, resource.location);
     case "folder":
-      return listFolder(exchange, resource).then((answer) => representContent(exchange, answer));
+      return listFolder(exchange, resource).then((answer) => representContent(exchange, answer))
+        .then((message) => ({ ...message, isListing: true }));
     case "file":
       return representFile(exchange, resource.file, resource.status);
   }
