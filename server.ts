@@ -2418,7 +2418,7 @@ function describeVariant(server: HttpServer, file: FileFound, nature: Nature, va
   const etag = `"${tagOf(file)}${conversion}${coding ? `-${coding}` : ""}${
     source === file ? "" : `-${tagOf(source)}`
   }"`;
-  const vary = [charsetRule(type) === "any" && "Accept-Charset", (coding || isCompressible(type)) && "Accept-Encoding"];
+  const vary = [charsetRule(type) === "any" && "Accept-Charset", nature.coding === undefined && "Accept-Encoding"];
   const fields: Field[] = [
     ["Content-Type", contentType(type, encoding, settings.declare)],
     ...(coding ? [["Content-Encoding", coding] as const] : []),
