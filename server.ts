@@ -1394,8 +1394,9 @@ class Exchange implements Incoming {
 
   /** Name that the client proved itself with, for the log; `-` if none was asked for. */
   get user(): string {
-    if (this.server.settings.auth.length === 0) return "-";
-    return escapeWire(credentialsOf(this).split(":", 1)[0]!.replace(/[\s"\\]/g, "_")) || "-";
+    const { auth } = this.server.settings, credentials = auth.length === 0 ? "" : credentialsOf(this);
+    if (!isKnown(credentials, auth)) return "-";
+    return escapeWire(credentials.split(":", 1)[0]!.replace(/[\s"\\]/g, "_")) || "-";
   }
 
   /** The request line, safe to log. */
@@ -1520,10 +1521,14 @@ const PREFLIGHT: Readonly<Record<string, string>> = {
 
 /** Lets in whoever knows a name and its password. Throws 401. */
 function authenticate(given: string, credentials: readonly string[]): void {
-  // Every one is compared, in a time that says nothing of how much of it was right.
-  if (credentials.map((known) => isEqual(known, given)).includes(true)) return;
+  if (isKnown(given, credentials)) return;
   const challenge: Field = ["WWW-Authenticate", 'Basic realm="charserve", charset="UTF-8"'];
   throw new HttpError(401, "A name and a password are needed here", [challenge]);
+}
+
+/** Whether this is one of them. Every one is compared, in a time that says nothing of how much of it was right. */
+function isKnown(given: string, credentials: readonly string[]): boolean {
+  return credentials.map((known) => isEqual(known, given)).includes(true);
 }
 
 /** `name:password` of a request (RFC 7617 §2): base64 of UTF-8; empty if there is none. */
@@ -4983,10 +4988,9 @@ class Log {
 
 /** A head, a line each: `>` from the client, `<` to it. What a client proves itself with is nobody else's business. */
 function wireLines(connection: number, direction: string, head: string): string {
-  return head.split("\r\n").slice(0, -1).map((line) => {
-    const shown = line.replace(/^((?:proxy-)?authorization:).*/i, "$1 ***");
-    return `[${connection}] ${direction} ${escapeWire(shown)}\n`;
-  }).join("");
+  // Also of a head that is refused, with a space before the colon, or a value that goes on.
+  const shown = head.replace(/^((?:proxy-)?authorization[ \t]*:).*(?:\r?\n[ \t].*)*/gim, "$1 ***");
+  return shown.split("\r\n").slice(0, -1).map((line) => `[${connection}] ${direction} ${escapeWire(line)}\n`).join("");
 }
 
 async function writeStandardError(lines: string): Promise<void> {
