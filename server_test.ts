@@ -3283,7 +3283,7 @@ const CACHED: readonly [says: string, target: string, fields: string[], status: 
   ["a file that is known", "/a.txt", ["If-None-Match: *"], 304, true],
   ["a fallback", "/page", [], 200, true],
   ["an index", "/folder/", [], 200, true],
-  ["a route", "/echo", [], 200, true],
+  ["a route", "/route", [], 200, true],
   ["a part that is not there", "/a.txt", ["Range: bytes=99-"], 416, false],
   ["a file that is another", "/a.txt", ['If-Match: "a"'], 412, false],
   ["what is not found", "/nowhere.js", [], 404, false],
@@ -3298,7 +3298,7 @@ const CACHED: readonly [says: string, target: string, fields: string[], status: 
 for (const [says, target, fields, status, isCached] of CACHED) {
   Deno.test(`formatHead() says ${isCached ? "" : "not "}how long ${says} may be kept: ${status}`, async () => {
     const header = [["Cache-Control", "public, immutable"], ["Expires", "0"], ["X-Y", "1"]] as const;
-    const routes: Route[] = [[/^\/fail$/, failing(new Error())], [/^\/echo$/, echo]];
+    const routes: Route[] = [[/^\/fail$/, failing(new Error())], [/^\/route$/, () => "x"]];
     const tree = { "a.txt": "abc", "folder/index.html": "", "list/a": "", "fallback": "" };
     await using server = await serveTree(tree, { header, routes, fallback: "fallback", onLog: () => {} });
     // Ranges are for GET alone.
@@ -3694,7 +3694,7 @@ for (const [says, trustProxy, fields, client] of CLIENTS) {
 /** Credentials as a browser sends them (RFC 7617): base64 of UTF-8. */
 const basic = (credentials: string) => `Authorization: Basic ${new TextEncoder().encode(credentials).toBase64()}`;
 
-/** Who asks of a server that knows joe, 张三 and empty, and what the log calls them. */
+/** Who asks, and what the log calls them. */
 const CREDENTIALS: readonly [says: string, fields: string[], status: number, user: string][] = [
   ["a name and its password", [basic("joe:s3cret")], 200, "joe"],
   ["a password with a colon", [basic("anna:a:b")], 200, "anna"],
@@ -3721,16 +3721,16 @@ const CREDENTIALS: readonly [says: string, fields: string[], status: number, use
 for (const [says, fields, status, user] of CREDENTIALS) {
   Deno.test(`authenticate() lets ${status === 200 ? "in" : "nobody in with"} ${says}: ${status}`, async () => {
     const auth = ["joe:s3cret", "anna:a:b", "张三:密码é", "jo e:s3cret"];
-    await using tree = await plant({ "a.txt": "inside", ".well-known/a": "inside", "404.html": "inside" });
+    await using tree = await plant({ "a.txt": "treasure", ".well-known/a": "treasure", "404.html": "treasure" });
     for (const form of ["common", "combined", "wire"] as const) {
-      const { log } = await logging({ auth, root: tree.path, log: form }, async (server) => {
-        for (const target of ["/a.txt", "/echo", "/", "/nowhere", "/.well-known/a"]) {
+      const { log } = await logging({ auth, root: tree.path, routes: [], log: form }, async (server) => {
+        for (const target of ["/a.txt", "/", "/nowhere", "/.well-known/a"]) {
           const reply = await getAndHead(server, target, ...fields);
           const expected = status === 401 ? 401 : target === "/nowhere" ? 404 : 200;
           assertEquals(reply.status, expected, target);
           if (expected !== 401) continue;
           assertEquals(reply.fields.get("www-authenticate"), 'Basic realm="charserve", charset="UTF-8"');
-          assert(!textOf(reply).includes("inside"));
+          assert(!textOf(reply).includes("treasure"));
         }
         // Whoever knows nothing learns nothing: neither what is there, nor which methods.
         const { status: options } = await ask(server, head("OPTIONS /a.txt HTTP/1.1", "Host: localhost", ...fields));
@@ -3739,7 +3739,7 @@ for (const [says, fields, status, user] of CREDENTIALS) {
       assert(!/s3cre|S3cret|密码|a:b|\\xe5\\xaf\\x86/i.test(log), log);
       for (const field of fields) assert(!log.includes(field.split(" ").at(-1)!) || field.endsWith("Basic"), log);
       const lines = log.split("\n").filter((line) => line.startsWith("127.0.0.1"));
-      assert(lines.length > 10);
+      assert(lines.length > 8);
       for (const line of lines) assertEquals(line.split(" ")[2], user, line);
     }
   });
