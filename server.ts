@@ -1396,7 +1396,8 @@ class Exchange implements Incoming {
   get user(): string {
     const { auth } = this.server.settings, credentials = auth.length === 0 ? "" : credentialsOf(this);
     if (!isKnown(credentials, auth)) return "-";
-    return escapeWire(credentials.split(":", 1)[0]!.replace(/[\s"\\]/g, "_")) || "-";
+    const name = credentials.split(":", 1)[0]!.replace(/[\s"\\]/g, "_");
+    return escapeWire(latin1(UTF8_ENCODER.encode(name))) || "-";
   }
 
   /** The request line, safe to log. */
@@ -4990,7 +4991,8 @@ class Log {
 function wireLines(connection: number, direction: string, head: string): string {
   // Also of a head that is refused, with a space before the colon, or a value that goes on.
   const shown = head.replace(/^((?:proxy-)?authorization[ \t]*:).*(?:\r?\n[ \t].*)*/gim, "$1 ***");
-  return shown.split("\r\n").slice(0, -1).map((line) => `[${connection}] ${direction} ${escapeWire(line)}\n`).join("");
+  return shown.replace(/\r\n$/, "").split("\r\n").map((line) => `[${connection}] ${direction} ${escapeWire(line)}\n`)
+    .join("");
 }
 
 async function writeStandardError(lines: string): Promise<void> {
