@@ -1710,9 +1710,9 @@ interface Evidence {
   /** What it is kept in. */
   readonly places: Cache<Place>;
   readonly looks: Look[];
-  /** When the last look was, in milliseconds, and for how long it is believed. */
+  /** When the last look was, and when the last of all this changed, in milliseconds. */
   looked: number;
-  lifetime: number;
+  changed: number;
 }
 
 /** A path that was looked at. */
@@ -1765,15 +1765,15 @@ function placeOf(server: HttpServer, key: string, find: (site: Site, evidence: E
   const site = server.site(), now = Date.now();
   let place = site.places.get(key);
   if (place === undefined || !isBelieved(place.evidence, now) && !isStillTrue(server, site, place.evidence, now)) {
-    const evidence: Evidence = { key, places: site.places, looks: [], looked: now, lifetime: LONGEST_LIFETIME };
+    const evidence: Evidence = { key, places: site.places, looks: [], looked: now, changed: 0 };
     place = { resource: find(site, evidence), evidence };
     site.places.set(copyOf(key), place, PLACE_SIZE);
   }
   return place.resource;
 }
 
-function isBelieved({ looked, lifetime }: Evidence, now: number): boolean {
-  return now - looked < lifetime && now >= looked;
+function isBelieved({ looked, changed }: Evidence, now: number): boolean {
+  return now - looked < lifetimeOf(looked - changed) && now >= looked;
 }
 
 /** Looks again at all that something was decided by. */
@@ -1828,9 +1828,9 @@ function look(server: HttpServer, site: Site, evidence: Evidence, path: string):
   const found = findInside(server, site, path);
   // What is missing appears by a change of the folder.
   const folder = found === undefined ? statOf(parentOf(path)) : undefined, info = found?.info ?? folder;
-  const age = info === undefined ? 0 : evidence.looked - changeTime(info, evidence.looked);
-  evidence.lifetime = Math.min(evidence.lifetime, lifetimeOf(age));
-  evidence.looks.push({ path, found, folder: age > GRANULARITY ? folder : undefined });
+  const changed = info === undefined ? evidence.looked : changeTime(info, evidence.looked);
+  evidence.changed = Math.max(evidence.changed, changed);
+  evidence.looks.push({ path, found, folder: evidence.looked - changed > GRANULARITY ? folder : undefined });
   return found;
 }
 
