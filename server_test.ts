@@ -257,12 +257,43 @@ async function logging<T>(options: ServeOptions, use: (server: Listening) => Pro
   return { log, result };
 }
 
+/** Does something while the clock, but not the files, are so many milliseconds on. */
+async function later<T>(milliseconds: number, use: () => Promise<T>): Promise<T> {
+  const { now } = Date;
+  Date.now = () => now() + milliseconds;
+  return await use().finally(() => Date.now = now);
+}
+
+/** Counts calls of a function of the file system meanwhile. */
+async function counting(name: "open" | "lstatSync" | "realPathSync", use: () => Promise<void>): Promise<number> {
+  const real: unknown = Deno[name];
+  let count = 0;
+  const counted = (...args: unknown[]) => {
+    count++;
+    return (real as (...args: unknown[]) => unknown)(...args);
+  };
+  Object.assign(Deno, { [name]: counted });
+  await use().finally(() => Object.assign(Deno, { [name]: real }));
+  return count;
+}
+
 /**
  * Sends bytes that are one request in every way they could come, and looks at each answer: in tiny pieces, at
  * once, behind another request, twice. With `closes`, the connection ends with the answer.
  */
 async function onTheWire(request: string, status: number, closes: boolean, check = (_: Reply) => {}): Promise<void> {
   await using server = serveEcho();
+  await inEveryWay(server, request, status, closes, check);
+}
+
+/** The same to a server that has `/`. */
+async function inEveryWay(
+  server: Listening,
+  request: string,
+  status: number,
+  closes: boolean,
+  check = (_: Reply) => {},
+) {
   const method = /^\s*HEAD /.test(request) ? "HEAD" : "GET", ok = get("/");
   const pieceSize = Math.ceil(request.length / 1000);
   const ways: [way: string, before: string, after: string, pieceSize: number][] = [
@@ -1862,6 +1893,9 @@ Deno.test("locateFile() finds 404.html by its name: 200", async () => {
   assertEquals((await getAndHead(server, "/nowhere")).status, 404);
 });
 
+/** After so many milliseconds, nothing changed lately. */
+const RESTED = 60_000;
+
 /** What a path leads to, before and after a change. */
 const APPEARANCES: readonly [
   says: string,
@@ -1983,19 +2017,20 @@ async function soon(client: Client, target: string, [status, text]: [status: num
 }
 
 for (const [says, options, tree, target, before, change, after] of APPEARANCES) {
-  Deno.test(`placeOf() soon sees ${says}: ${target}`, { ignore: ON_WINDOWS }, async () => {
-    const site = Object.entries(tree).map(([name, content]) => [`site/${name}`, content]);
-    const planted = { "site/": "", "site/b.html": "<p>b", ...Object.fromEntries(site) };
-    await using server = await serveTree(planted, { ...options, root: "site" });
-    using client = await Client.connect(server);
-    for (let i = 0; i < 2; i++) await soon(client, target, before);
-    await change(`${server.path}/site`);
-    await soon(client, target, after);
-    for (let i = 0; i < 3; i++) {
-      const { status } = await ask(server, get(target));
-      assertEquals(status, after[0], "and so it stays");
-    }
-  });
+  for (const [when, milliseconds] of [["", 0], [", though all rested", RESTED]] as const) {
+    Deno.test(`placeOf() soon sees ${says}${when}: ${target}`, { ignore: ON_WINDOWS }, async () => {
+      const site = Object.entries(tree).map(([name, content]) => [`site/${name}`, content]);
+      const planted = { "site/": "", "site/b.html": "<p>b", ...Object.fromEntries(site) };
+      await using server = await serveTree(planted, { ...options, root: "site" });
+      using client = await Client.connect(server);
+      await later(milliseconds, async () => {
+        for (let i = 0; i < 2; i++) await soon(client, target, before);
+        await change(`${server.path}/site`);
+        await soon(client, target, after);
+        for (let i = 0; i < 3; i++) assertEquals((await ask(server, get(target))).status, after[0], "and so it stays");
+      });
+    });
+  }
 }
 
 Deno.test("Site is where ROOT leads: a link that is swapped at any time", { ignore: ON_WINDOWS }, async () => {
@@ -2072,16 +2107,20 @@ Deno.test("Site that is gone is a 503 until it is back, and one line of the log"
 Deno.test("Site that goes while a file is read leaves the server running", { ignore: ON_WINDOWS }, async () => {
   await using tree = await plant({ "site/a.txt": "abcdefgh".repeat(100_000) });
   const root = `${tree.path}/site`;
-  const { log } = await logging({ root, routes: [[/^\/up$/, () => "up"]] }, async (server) => {
-    using client = await Client.connect(server);
-    // Compressing takes some turns: meanwhile the folder goes.
-    await client.send(get("/a.txt", "Accept-Encoding: gzip"));
-    const reply = client.receive();
-    await delay(15);
-    await Deno.rename(root, `${tree.path}/moved`);
-    await reply;
-    assertEquals(textOf(await ask(server, get("/up"))), "up");
-  });
+  const { log } = await logging({ root, routes: [[/^\/up$/, () => "up"]] }, (server) =>
+    later(RESTED, async () => {
+      using client = await Client.connect(server);
+      for (let i = 0; i < 10; i++) {
+        // Compressing takes some turns: meanwhile the folder goes.
+        await client.send(get("/a.txt", "Accept-Encoding: gzip"));
+        const reply = client.receive();
+        await delay(2 * i);
+        await Deno.rename(root, `${tree.path}/moved`);
+        assertMatch(`${(await reply).status}`, /^(?:200|404|503)$/);
+        assertEquals(textOf(await ask(server, get("/up"))), "up");
+        await Deno.rename(`${tree.path}/moved`, root);
+      }
+    }));
   assert(!log.includes("error"), log);
 });
 
@@ -2250,6 +2289,25 @@ async function decompressed({ fields, content }: Reply): Promise<Uint8Array<Arra
   const stream = new DecompressionStream((coding === "br" ? "brotli" : coding) as "gzip");
   return await new Response(new Blob([content]).stream().pipeThrough(stream)).bytes();
 }
+
+Deno.test("canCompress() tries each coding once, and what is kept is not compressed again", async () => {
+  const { CompressionStream } = globalThis;
+  let count = 0;
+  globalThis.CompressionStream = class extends CompressionStream {
+    constructor(format: CompressionFormat) {
+      super(format);
+      count++;
+    }
+  };
+  try {
+    await using server = serveEcho({ routes: [[/^/, () => "x".repeat(2000)]] });
+    for (let i = 0; i < 10; i++) await ask(server, get(`/?${i}`, "Accept-Encoding: gzip"));
+    for (let i = 0; i < 10; i++) await ask(server, get(`/?${i}`, "Accept-Encoding: zstd"));
+  } finally {
+    globalThis.CompressionStream = CompressionStream;
+  }
+  assert(count <= 3, `${count} were made`);
+});
 
 const UNCOMPRESSED: readonly [says: string, Handler][] = [
   ["a short text", () => "x".repeat(1023)],
@@ -2617,69 +2675,116 @@ const plainText = async (reply: Reply) => new TextDecoder(charsetOf(reply)).deco
 
 Deno.test("describeFile() gives a file that rests one tag, and keeps what is made of it", async () => {
   await using server = await serveTree({ "a.txt": "a".repeat(2000), "b.txt": "b", "b.txt.gz": "gzipped" });
-  // What was asked for while another change might not have shown is trusted later, too.
-  for (const name of ["/a.txt", "/b.txt"]) await ask(server, get(name, "Accept-Encoding: gzip"));
-  await delay(1100);
-  const tags = new Set<string | undefined>();
-  const fields = ["Accept-Encoding: gzip"];
-  const first = await ask(server, get("/a.txt", ...fields)), beside = await ask(server, get("/b.txt", ...fields));
-  const opens = await counting("open", async () => {
-    for (const [target, reply] of [["/a.txt", first], ["/b.txt", beside]] as const) {
-      const etag = reply.fields.get("etag");
-      for (let i = 0; i < 3; i++) {
+  const fields = ["Accept-Encoding: gzip"], targets = ["/a.txt", "/b.txt"];
+  // What was asked for while another change might not have shown is trusted later, too, and under the same tag.
+  const tags: (string | undefined)[] = [];
+  for (const target of targets) tags.push((await ask(server, get(target, ...fields))).fields.get("etag"));
+  await later(RESTED, async () => {
+    const replies: Reply[] = [];
+    for (const target of targets) replies.push(await ask(server, get(target, ...fields)));
+    assertEquals(replies.map(({ fields }) => fields.get("etag")), tags);
+    const opens = await counting("open", async () => {
+      for (const [i, { content }] of replies.entries()) {
+        const target = targets[i]!, etag = tags[i];
         const again = await getAndHead(server, target, ...fields);
-        assertEquals([again.content, again.fields.get("etag")], [reply.content, etag]);
+        assertEquals([again.content, again.fields.get("etag")], [content, etag]);
         const part = await ask(server, get(target, ...fields, "Range: bytes=1-3", `If-Range: ${etag}`));
-        assertEquals([part.status, part.content], [206, reply.content.slice(1, 4)]);
-        const known = await ask(server, get(`${target}?${i}`, ...fields, `If-None-Match: ${etag}`, `X: ${i}`));
+        assertEquals([part.status, part.content], [206, content.slice(1, 4)]);
+        const known = await ask(server, get(`${target}?x`, ...fields, `If-None-Match: ${etag}`, "X: 1"));
         assertEquals([known.status, known.fields.get("etag")], [304, etag]);
-        tags.add(etag);
       }
-    }
+    });
+    assertEquals(opens, 0, "HEAD, 206 and 304 of what is kept open no file");
   });
-  assertEquals([tags.size, opens], [2, 0], "HEAD, 206 and 304 of what is kept open no file");
 });
 
-/** How often a function of the file system is called meanwhile. */
-async function counting(name: "open", use: () => Promise<void>): Promise<number> {
-  const real = Deno[name];
-  let count = 0;
-  Deno[name] = (...args) => {
-    count++;
-    return real(...args);
-  };
-  await use().finally(() => Object.assign(Deno, { [name]: real }));
-  return count;
+const LOOKS: readonly [says: string, target: string, status: number][] = [
+  ["a file", "/a.txt", 200],
+  ["a page", "/page", 200],
+  ["a folder", "/folder", 301],
+  ["what is missing", "/nowhere", 404],
+  ["what is missing in a folder that is missing", "/no/where", 404],
+];
+
+for (const [says, target, status] of LOOKS) {
+  Deno.test(`placeOf() looks seldom at ${says} that rests: ${target}`, async () => {
+    await using server = await serveTree({ "a.txt": "a", "page.html": "<p>page", "folder/a.txt": "" });
+    // Asked for when it had just changed, which must not be held against it for good.
+    assertEquals((await ask(server, get(target))).status, status);
+    await later(RESTED, async () => {
+      using client = await Client.connect(server);
+      await client.send(get(target));
+      await client.receive();
+      const looks = await counting("lstatSync", async () => {
+        await client.send(
+          get(target).repeat(50) + Array.from({ length: 50 }, (_, i) => get(`${target}?${i}`)).join(""),
+        );
+        for (let i = 0; i < 100; i++) assertEquals((await client.receive()).status, status);
+      });
+      assert(looks < 50, `${looks} looks for 100 requests of a moment`);
+    });
+  });
 }
 
 Deno.test("placeOf() forgets what rested when it leads out of ROOT", { ignore: ON_WINDOWS }, async () => {
   await using server = await serveTree({ "site/f/a.txt": "inside", "site/b.txt": "b" }, { root: "site" });
-  await delay(1100);
-  using client = await Client.connect(server);
-  for (let i = 0; i < 3; i++) await soon(client, "/f/a.txt", [200, "inside"]);
-  await Deno.rename(`${server.path}/site/f`, `${server.path}/f`);
-  await Deno.symlink(`${server.path}/f`, `${server.path}/site/f`);
-  await soon(client, "/f/a.txt", [404]);
+  await later(RESTED, async () => {
+    using client = await Client.connect(server);
+    for (let i = 0; i < 3; i++) await soon(client, "/f/a.txt", [200, "inside"]);
+    await Deno.rename(`${server.path}/site/f`, `${server.path}/f`);
+    await Deno.symlink(`${server.path}/f`, `${server.path}/site/f`);
+    await soon(client, "/f/a.txt", [404]);
+  });
 });
 
 Deno.test("describeFile() gives a file from the future one tag, and a Last-Modified that is not", async () => {
   await using server = await serveTree({ "a.txt": "a".repeat(2000) });
   const future = new Date(Date.now() + 10 * 60 * 60 * 1000);
   await Deno.utime(`${server.path}/a.txt`, future, future);
-  await delay(1100);
-  const tags = new Set<string>();
-  const opens = await counting("open", async () => {
-    for (let i = 0; i < 4; i++) {
-      const { fields } = await getAndHead(server, `/a.txt?${i}`, "Accept-Encoding: gzip");
-      assert(Date.parse(fields.get("last-modified")!) <= Date.parse(fields.get("date")!), "RFC 9110 §8.8.2.1");
-      tags.add(fields.get("etag")!);
-    }
-    const [etag] = tags;
-    const known = await ask(server, get("/a.txt", "Accept-Encoding: gzip", `If-None-Match: ${etag}`));
-    assertEquals(known.status, 304);
+  await later(RESTED, async () => {
+    const tags = new Set<string>();
+    const opens = await counting("open", async () => {
+      for (let i = 0; i < 4; i++) {
+        const { fields } = await getAndHead(server, `/a.txt?${i}`, "Accept-Encoding: gzip");
+        assert(Date.parse(fields.get("last-modified")!) <= Date.parse(fields.get("date")!), "RFC 9110 §8.8.2.1");
+        tags.add(fields.get("etag")!);
+      }
+      const [etag] = tags;
+      const known = await ask(server, get("/a.txt", "Accept-Encoding: gzip", `If-None-Match: ${etag}`));
+      assertEquals(known.status, 304);
+    });
+    assertEquals([tags.size, opens], [1, 1], "it is read once");
   });
-  assertEquals([tags.size, opens], [1, 1], "it is read once");
 });
+
+/** Requests for what is kept, as they go over the wire. TAG stands for the entity tag. */
+const KEPT: readonly [says: string, request: string, status: number, text: string][] = [
+  ["a file", get("/a.txt"), 200, "abc"],
+  ["its head", get("/a.txt").replace("GET", "HEAD"), 200, ""],
+  ["a part", get("/a.txt", "Range: bytes=1-"), 206, "bc"],
+  ["two parts", get("/a.txt", "Range: bytes=0-0,2-2"), 206, ""],
+  ["what is known", get("/a.txt", "If-None-Match: TAG"), 304, ""],
+  ["what is known, its head", get("/a.txt", "If-None-Match: TAG").replace("GET", "HEAD"), 304, ""],
+  ["a file with a query and a cookie", get("/a.txt?x=1", "Cookie: a=b"), 200, "abc"],
+  ["a page that is not there", get("/nowhere"), 404, "<p>404"],
+  ["its head", get("/nowhere").replace("GET", "HEAD"), 404, ""],
+  ["a folder", get("/folder"), 301, ""],
+  ["content with a GET", get("/a.txt", "Content-Length: 3") + "abc", 200, "abc"],
+];
+
+for (const [says, request, status, text] of KEPT) {
+  Deno.test(`representFile() sends ${says}, kept or not, however the request comes: ${status}`, async () => {
+    await using server = await serveTree({ "a.txt": "abc", "404.html": "<p>404", "folder/": "" }, { routes: ROUTES });
+    for (const milliseconds of [0, RESTED]) {
+      await later(milliseconds, async () => {
+        const tag = (await ask(server, get("/a.txt"))).fields.get("etag")!;
+        await inEveryWay(server, request.replace("TAG", tag), status, false, (reply) => {
+          if (text !== "") assertEquals(textOf(reply), text);
+        });
+      });
+    }
+  });
+}
 
 /** The byte at each place of a file that grows. */
 const grown = (start: number, length: number) => Uint8Array.from({ length }, (_, i) => (start + i) % 251);
