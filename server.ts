@@ -1395,8 +1395,10 @@ class Exchange implements Incoming {
 
   /** Name that the client proved itself with, for the log; `-` if none was asked for. */
   get user(): string {
-    if (this.server.settings.auth.length === 0) return "-";
-    return escapeWire(credentialsOf(this).split(":", 1)[0]!.replace(/[\s"\\]/g, "_")) || "-";
+    const { auth } = this.server.settings, credentials = auth.length === 0 ? "" : credentialsOf(this);
+    if (!isKnown(credentials, auth)) return "-";
+    const name = credentials.split(":", 1)[0]!.replace(/[\s"\\]/g, "_");
+    return escapeWire(latin1(UTF8_ENCODER.encode(name))) || "-";
   }
 
   /** The request line, safe to log. */
@@ -1523,10 +1525,14 @@ const PREFLIGHT: Readonly<Record<string, string>> = {
 
 /** Lets in whoever knows a name and its password. Throws 401. */
 function authenticate(given: string, credentials: readonly string[]): void {
-  // Every one is compared, in a time that says nothing of how much of it was right.
-  if (credentials.map((known) => isEqual(known, given)).includes(true)) return;
+  if (isKnown(given, credentials)) return;
   const challenge: Field = ["WWW-Authenticate", 'Basic realm="charserve", charset="UTF-8"'];
   throw new HttpError(401, "A name and a password are needed here", [challenge]);
+}
+
+/** Whether this is one of them. Every one is compared, in a time that says nothing of how much of it was right. */
+function isKnown(given: string, credentials: readonly string[]): boolean {
+  return credentials.map((known) => isEqual(known, given)).includes(true);
 }
 
 /** `name:password` of a request (RFC 7617 §2): base64 of UTF-8; empty if there is none. */
@@ -1713,9 +1719,9 @@ interface Evidence {
   /** What it is kept in. */
   readonly places: Cache<Place>;
   readonly looks: Look[];
-  /** When the last look was, in milliseconds, and for how long it is believed. */
+  /** When the last look was, and when the last of all this changed, in milliseconds. */
   looked: number;
-  lifetime: number;
+  changed: number;
 }
 
 /** A path that was looked at. */
@@ -1768,15 +1774,15 @@ function placeOf(server: HttpServer, key: string, find: (site: Site, evidence: E
   const site = server.site(), now = Date.now();
   let place = site.places.get(key);
   if (place === undefined || !isBelieved(place.evidence, now) && !isStillTrue(server, site, place.evidence, now)) {
-    const evidence: Evidence = { key, places: site.places, looks: [], looked: now, lifetime: LONGEST_LIFETIME };
+    const evidence: Evidence = { key, places: site.places, looks: [], looked: now, changed: 0 };
     place = { resource: find(site, evidence), evidence };
     site.places.set(copyOf(key), place, PLACE_SIZE);
   }
   return place.resource;
 }
 
-function isBelieved({ looked, lifetime }: Evidence, now: number): boolean {
-  return now - looked < lifetime && now >= looked;
+function isBelieved({ looked, changed }: Evidence, now: number): boolean {
+  return now - looked < lifetimeOf(looked - changed) && now >= looked;
 }
 
 /** Looks again at all that something was decided by. */
@@ -1831,9 +1837,9 @@ function look(server: HttpServer, site: Site, evidence: Evidence, path: string):
   const found = findInside(server, site, path);
   // What is missing appears by a change of the folder.
   const folder = found === undefined ? statOf(parentOf(path)) : undefined, info = found?.info ?? folder;
-  const age = info === undefined ? 0 : evidence.looked - changeTime(info, evidence.looked);
-  evidence.lifetime = Math.min(evidence.lifetime, lifetimeOf(age));
-  evidence.looks.push({ path, found, folder: age > GRANULARITY ? folder : undefined });
+  const changed = info === undefined ? evidence.looked : changeTime(info, evidence.looked);
+  evidence.changed = Math.max(evidence.changed, changed);
+  evidence.looks.push({ path, found, folder: evidence.looked - changed > GRANULARITY ? folder : undefined });
   return found;
 }
 
@@ -1898,7 +1904,7 @@ function findPath(exchange: Exchange, site: Site, evidence: Evidence): Resource 
   for (const path of readingsOfPath(exchange)) {
     const found = site.isFile
       ? findRootFile(site, path, evidence, find)
-      : findBelow(server, site, path, evidence, find);
+      : findBelow(exchange, site, path, evidence, find);
     if (found !== undefined) return found;
   }
   return undefined;
@@ -1924,7 +1930,8 @@ function findRootFile(site: Site, path: string, evidence: Evidence, find: Find):
   return found?.info.isFile ? fileResource(site.path, found, evidence) : undefined;
 }
 
-function findBelow(server: HttpServer, site: Site, path: string, evidence: Evidence, find: Find): Resource | undefined {
+function findBelow(exchange: Exchange, site: Site, path: string, evidence: Evidence, find: Find): Resource | undefined {
+  const { server, head } = exchange;
   const segments = removeDotSegments(path), isFolder = /(?:^|\/)\.{0,2}$/.test(path);
   if (segments.some((name) => IMPOSSIBLE_NAME.test(name)) || isHidden(server, segments)) return undefined;
   const target = pathBelow(site, ...segments), found = find(target);
@@ -1936,10 +1943,16 @@ function findBelow(server: HttpServer, site: Site, path: string, evidence: Evide
     return page?.info.isFile ? fileResource(`${target}.html`, page, evidence) : undefined;
   }
   // Relative, so that it stays on this host, and behind a prefix that a proxy takes away.
-  if (!isFolder) return { kind: "redirect", location: `./${encodeURIComponent(segments.at(-1)!)}/` };
+  if (!isFolder) return { kind: "redirect", location: `./${encodeURIComponent(lastSegment(path, head.path))}/` };
   const index = pathBelow(site, ...segments, "index.html"), foundIndex = find(index);
   if (foundIndex?.info.isFile) return fileResource(index, foundIndex, evidence);
   return { kind: "folder", path: found.real, segments };
+}
+
+/** The last segment of a path, in which an encoded slash separates nothing for the client (RFC 3986 §2.2). */
+function lastSegment(path: string, encoded: string): string {
+  const slashes = encoded.slice(encoded.lastIndexOf("/")).match(/%2f/gi)?.length ?? 0;
+  return path.split("/").slice(-1 - slashes).join("/");
 }
 
 /** RFC 3986 §5.2.4: what `.` and `..` mean in a path, which never leaves ROOT. Empty segments mean nothing. */
@@ -2070,7 +2083,8 @@ function represent(exchange: Exchange, resource: Resource): Message | Promise<Me
     case "redirect":
       return redirect(exchange, resource.location);
     case "folder":
-      return listFolder(exchange, resource).then((answer) => representContent(exchange, answer));
+      return listFolder(exchange, resource).then((answer) => representContent(exchange, answer))
+        .then((message) => ({ ...message, isListing: true }));
     case "file":
       return representFile(exchange, resource.file, resource.status);
   }
@@ -2445,7 +2459,7 @@ function describeVariant(server: HttpServer, file: FileFound, nature: Nature, va
   const etag = `"${tagOf(file)}${conversion}${coding ? `-${coding}` : ""}${
     source === file ? "" : `-${tagOf(source)}`
   }"`;
-  const vary = [charsetRule(type) === "any" && "Accept-Charset", (coding || isCompressible(type)) && "Accept-Encoding"];
+  const vary = [charsetRule(type) === "any" && "Accept-Charset", nature.coding === undefined && "Accept-Encoding"];
   const fields: Field[] = [
     ["Content-Type", contentType(type, label, settings.declare)],
     ...(coding ? [["Content-Encoding", coding] as const] : []),
@@ -2618,7 +2632,7 @@ async function isUntouched(file: Deno.FsFile, opened: Deno.FileInfo, path: strin
   if (hasGrown(info) || isSameState(info, opened)) return true;
   if (info.size < opened.size) return false;
   // What is removed, or has another in its place, changes its state, but no byte.
-  const isGone = info.nlink !== opened.nlink || !isSameFile(statOf(path) ?? opened, info) || statOf(path) === undefined;
+  const there = statOf(path), isGone = there === undefined || !isSameFile(there, info) || info.nlink !== opened.nlink;
   if (isGone && isSameState({ ...info, ctime: opened.ctime }, opened)) return true;
   // What is being appended shows in the time first, and then in the size.
   await new Promise((resolve) => setTimeout(resolve, READ_PAUSE));
@@ -5710,10 +5724,10 @@ class Log {
 
 /** A head, a line each: `>` from the client, `<` to it. What a client proves itself with is nobody else's business. */
 function wireLines(connection: number, direction: string, head: string): string {
-  return head.split("\r\n").slice(0, -1).map((line) => {
-    const shown = line.replace(/^((?:proxy-)?authorization:).*/i, "$1 ***");
-    return `[${connection}] ${direction} ${escapeWire(shown)}\n`;
-  }).join("");
+  // Also of a head that is refused, with a space before the colon, or a value that goes on.
+  const shown = head.replace(/^((?:proxy-)?authorization[ \t]*:).*(?:\r?\n[ \t].*)*/gim, "$1 ***");
+  return shown.replace(/\r\n$/, "").split("\r\n").map((line) => `[${connection}] ${direction} ${escapeWire(line)}\n`)
+    .join("");
 }
 
 async function writeStandardError(lines: string): Promise<void> {

@@ -257,12 +257,43 @@ async function logging<T>(options: ServeOptions, use: (server: Listening) => Pro
   return { log, result };
 }
 
+/** Does something while the clock, but not the files, are so many milliseconds on. */
+async function later<T>(milliseconds: number, use: () => Promise<T>): Promise<T> {
+  const { now } = Date;
+  Date.now = () => now() + milliseconds;
+  return await use().finally(() => Date.now = now);
+}
+
+/** Counts calls of a function of the file system meanwhile. */
+async function counting(name: "open" | "lstatSync" | "realPathSync", use: () => Promise<void>): Promise<number> {
+  const real: unknown = Deno[name];
+  let count = 0;
+  const counted = (...args: unknown[]) => {
+    count++;
+    return (real as (...args: unknown[]) => unknown)(...args);
+  };
+  Object.assign(Deno, { [name]: counted });
+  await use().finally(() => Object.assign(Deno, { [name]: real }));
+  return count;
+}
+
 /**
  * Sends bytes that are one request in every way they could come, and looks at each answer: in tiny pieces, at
  * once, behind another request, twice. With `closes`, the connection ends with the answer.
  */
 async function onTheWire(request: string, status: number, closes: boolean, check = (_: Reply) => {}): Promise<void> {
   await using server = serveEcho();
+  await inEveryWay(server, request, status, closes, check);
+}
+
+/** The same to a server that has `/`. */
+async function inEveryWay(
+  server: Listening,
+  request: string,
+  status: number,
+  closes: boolean,
+  check = (_: Reply) => {},
+) {
   const method = /^\s*HEAD /.test(request) ? "HEAD" : "GET", ok = get("/");
   const pieceSize = Math.ceil(request.length / 1000);
   const ways: [way: string, before: string, after: string, pieceSize: number][] = [
@@ -1283,6 +1314,37 @@ const MEDIA: readonly [name: string, label: string][] = [
   ["a.pdf", "application/pdf"],
   ["a.zip", "application/zip"],
   ["a.tar.gz", "application/gzip"],
+  ["a.js.gz", "application/gzip"],
+  ["a.mpd", "application/dash+xml;charset=utf-8"],
+  ["a.m4s", "video/iso.segment"],
+  ["a.glb", "model/gltf-binary"],
+  ["a.gltf", "model/gltf+json"],
+  ["a.jsonl", "application/x-ndjson"],
+  ["a.ipynb", "application/x-ipynb+json"],
+  ["a.json5", "application/json5"],
+  ["a.jsonc", "application/jsonc"],
+  ["a.wgsl", "text/wgsl;charset=utf-8"],
+  ["a.apk", "application/vnd.android.package-archive"],
+  ["a.usdz", "model/vnd.usdz+zip"],
+  ["a.jfif", "image/jpeg"],
+  ["a.cur", "image/vnd.microsoft.icon"],
+  ["a.eot", "application/vnd.ms-fontobject"],
+  ["a.3gp", "video/3gpp"],
+  ["a.m4b", "audio/mp4"],
+  ["a.mka", "audio/x-matroska"],
+  ["a.m3u", "audio/x-mpegurl;charset=utf-8"],
+  ["a.gpx", "application/gpx+xml;charset=utf-8"],
+  ["a.kml", "application/vnd.google-earth.kml+xml;charset=utf-8"],
+  ["a.rdf", "application/rdf+xml;charset=utf-8"],
+  ["a.plist", "application/xml;charset=utf-8"],
+  ["a.eml", "message/rfc822"],
+  ["a.tsx", "text/plain;charset=utf-8"],
+  ["a.rs", "text/plain;charset=utf-8"],
+  ["a.php", "text/plain;charset=utf-8"],
+  ["a.lrc", "text/plain;charset=utf-8"],
+  ["a.nfo", "text/plain;charset=utf-8"],
+  ["LICENSE", "text/plain;charset=utf-8"],
+  ["Makefile", "text/plain;charset=utf-8"],
   ["a.unknown", "text/plain;charset=utf-8"],
   ["html", "text/plain;charset=utf-8"],
   ["a.constructor", "text/plain;charset=utf-8"],
@@ -1291,6 +1353,61 @@ const MEDIA: readonly [name: string, label: string][] = [
 for (const [name, label] of MEDIA) {
   Deno.test(`mediaTypeOf() ${name}: ${label}`, async () => {
     await using server = await serveTree({ [name]: "a" });
+    assertEquals((await getAndHead(server, `/${name}`)).fields.get("content-type"), label);
+  });
+}
+
+/** An MPEG transport stream begins with 47, and again 188 bytes further; with timecodes, four bytes stand before each. */
+const packets = (before: string) => `${before}G`.padEnd(188 + before.length, "\0").repeat(3);
+
+/** What a name does not say is looked for in the file. */
+const LOOKED_INTO: readonly [says: string, name: string, content: string, label: string, coding?: string][] = [
+  ["a program", "a.ts", "export const a = 1;\n", "text/plain;charset=utf-8"],
+  ["a program that begins like a film", "a.ts", "G".padEnd(300, " a"), "text/plain;charset=utf-8"],
+  ["a program in UTF-16", "a.ts", "\xff\xfea\0=\x001\0", "text/plain;charset=utf-16le"],
+  ["a film", "a.ts", packets(""), "video/mp2t"],
+  ["a film of a camera", "a.mts", packets("\0\0\0\x01"), "video/mp2t"],
+  ["a module", "a.mts", "export {};\n", "text/plain;charset=utf-8"],
+  ["neither a program nor a film", "a.ts", "\0".repeat(400), "application/octet-stream"],
+  ["text without an extension", "Dockerfile", "FROM scratch\n", "text/plain;charset=utf-8"],
+  ["text with an unknown extension", "a.unknown", "caf\xc3\xa9", "text/plain;charset=utf-8"],
+  ["text with an escape sequence", "typescript", "\x1b[1mbold\x1b[0m\r\n", "text/plain;charset=utf-8"],
+  ["text in UTF-16 with a byte-order mark", "README", "\xfe\xff\0a", "text/plain;charset=utf-16be"],
+  ["nothing", "EMPTY", "", "text/plain;charset=utf-8"],
+  ["bytes without an extension", "core", "\x7fELF\x02\x01\x01\0\0", "application/octet-stream"],
+  ["bytes with an unknown extension", "a.unknown", "PK\x03\x04", "application/octet-stream"],
+  ["bytes behind a kilobyte of text", "a.unknown", "a".repeat(1024) + "\0\x01\x02", "application/octet-stream"],
+  ["a compressed picture", "a.svgz", "\x1f\x8b", "image/svg+xml", "gzip"],
+  ["a compressed program", "a.wasm.br", "\x8b", "application/wasm", "br"],
+  ["a compressed program of another coding", "a.wasm.gz", "\x1f\x8b", "application/wasm", "gzip"],
+  ["compressed data", "game.data.br", "\x8b", "application/octet-stream", "br"],
+  ["a compressed script", "a.js.br", "\x8b", "text/javascript", "br"],
+  ["an archive", "a.tar.gz", "\x1f\x8b", "application/gzip"],
+];
+
+for (const [says, name, content, label, coding] of LOOKED_INTO) {
+  Deno.test(`typeOfContent() finds ${says} in ${name}: ${label}`, async () => {
+    await using server = await serveTree({ [name]: content });
+    for (const fields of [[], ["Accept-Encoding: gzip, br"]]) {
+      const reply = await getAndHead(server, `/${name}`, ...fields);
+      assertEquals([reply.fields.get("content-type"), reply.fields.get("content-encoding")], [label, coding]);
+      assertEquals(latin1(reply.content), content);
+    }
+  });
+}
+
+const OWN_TYPES: readonly [says: string, type: Record<string, string>, name: string, label: string][] = [
+  ["an unknown extension", { ".foo": "application/x-foo" }, "a.foo", "application/x-foo"],
+  ["an extension that is known otherwise", { ".js": "text/plain" }, "a.js", "text/plain;charset=utf-8"],
+  ["a name in capitals", { ".foo": "text/x-foo" }, "a.FOO", "text/x-foo;charset=utf-8"],
+  ["a program that could be a film", { ".ts": "text/javascript" }, "a.ts", "text/javascript;charset=utf-8"],
+  ["a compressed file", { ".foo": "application/x-foo" }, "a.foo.br", "application/x-foo"],
+  ["no other extension", { ".foo": "application/x-foo" }, "a.txt", "text/plain;charset=utf-8"],
+];
+
+for (const [says, type, name, label] of OWN_TYPES) {
+  Deno.test(`typeOfExtension() takes ${says} as it is told: ${name}`, async () => {
+    await using server = await serveTree({ [name]: "a" }, { type });
     assertEquals((await getAndHead(server, `/${name}`)).fields.get("content-type"), label);
   });
 }
@@ -1776,6 +1893,9 @@ Deno.test("locateFile() finds 404.html by its name: 200", async () => {
   assertEquals((await getAndHead(server, "/nowhere")).status, 404);
 });
 
+/** After so many milliseconds, nothing changed lately. */
+const RESTED = 60_000;
+
 /** What a path leads to, before and after a change. */
 const APPEARANCES: readonly [
   says: string,
@@ -1897,19 +2017,20 @@ async function soon(client: Client, target: string, [status, text]: [status: num
 }
 
 for (const [says, options, tree, target, before, change, after] of APPEARANCES) {
-  Deno.test(`placeOf() soon sees ${says}: ${target}`, { ignore: ON_WINDOWS }, async () => {
-    const site = Object.entries(tree).map(([name, content]) => [`site/${name}`, content]);
-    const planted = { "site/": "", "site/b.html": "<p>b", ...Object.fromEntries(site) };
-    await using server = await serveTree(planted, { ...options, root: "site" });
-    using client = await Client.connect(server);
-    for (let i = 0; i < 2; i++) await soon(client, target, before);
-    await change(`${server.path}/site`);
-    await soon(client, target, after);
-    for (let i = 0; i < 3; i++) {
-      const { status } = await ask(server, get(target));
-      assertEquals(status, after[0], "and so it stays");
-    }
-  });
+  for (const [when, milliseconds] of [["", 0], [", though all rested", RESTED]] as const) {
+    Deno.test(`placeOf() soon sees ${says}${when}: ${target}`, { ignore: ON_WINDOWS }, async () => {
+      const site = Object.entries(tree).map(([name, content]) => [`site/${name}`, content]);
+      const planted = { "site/": "", "site/b.html": "<p>b", ...Object.fromEntries(site) };
+      await using server = await serveTree(planted, { ...options, root: "site" });
+      using client = await Client.connect(server);
+      await later(milliseconds, async () => {
+        for (let i = 0; i < 2; i++) await soon(client, target, before);
+        await change(`${server.path}/site`);
+        await soon(client, target, after);
+        for (let i = 0; i < 3; i++) assertEquals((await ask(server, get(target))).status, after[0], "and so it stays");
+      });
+    });
+  }
 }
 
 Deno.test("Site is where ROOT leads: a link that is swapped at any time", { ignore: ON_WINDOWS }, async () => {
@@ -1986,16 +2107,20 @@ Deno.test("Site that is gone is a 503 until it is back, and one line of the log"
 Deno.test("Site that goes while a file is read leaves the server running", { ignore: ON_WINDOWS }, async () => {
   await using tree = await plant({ "site/a.txt": "abcdefgh".repeat(100_000) });
   const root = `${tree.path}/site`;
-  const { log } = await logging({ root, routes: [[/^\/up$/, () => "up"]] }, async (server) => {
-    using client = await Client.connect(server);
-    // Compressing takes some turns: meanwhile the folder goes.
-    await client.send(get("/a.txt", "Accept-Encoding: gzip"));
-    const reply = client.receive();
-    await delay(15);
-    await Deno.rename(root, `${tree.path}/moved`);
-    await reply;
-    assertEquals(textOf(await ask(server, get("/up"))), "up");
-  });
+  const { log } = await logging({ root, routes: [[/^\/up$/, () => "up"]] }, (server) =>
+    later(RESTED, async () => {
+      using client = await Client.connect(server);
+      for (let i = 0; i < 10; i++) {
+        // Compressing takes some turns: meanwhile the folder goes.
+        await client.send(get("/a.txt", "Accept-Encoding: gzip"));
+        const reply = client.receive();
+        await delay(2 * i);
+        await Deno.rename(root, `${tree.path}/moved`);
+        assertMatch(`${(await reply).status}`, /^(?:200|404|503)$/);
+        assertEquals(textOf(await ask(server, get("/up"))), "up");
+        await Deno.rename(`${tree.path}/moved`, root);
+      }
+    }));
   assert(!log.includes("error"), log);
 });
 
@@ -2165,6 +2290,25 @@ async function decompressed({ fields, content }: Reply): Promise<Uint8Array<Arra
   return await new Response(new Blob([content]).stream().pipeThrough(stream)).bytes();
 }
 
+Deno.test("canCompress() tries each coding once, and what is kept is not compressed again", async () => {
+  const { CompressionStream } = globalThis;
+  let count = 0;
+  globalThis.CompressionStream = class extends CompressionStream {
+    constructor(format: CompressionFormat) {
+      super(format);
+      count++;
+    }
+  };
+  try {
+    await using server = serveEcho({ routes: [[/^/, () => "x".repeat(2000)]] });
+    for (let i = 0; i < 10; i++) await ask(server, get(`/?${i}`, "Accept-Encoding: gzip"));
+    for (let i = 0; i < 10; i++) await ask(server, get(`/?${i}`, "Accept-Encoding: zstd"));
+  } finally {
+    globalThis.CompressionStream = CompressionStream;
+  }
+  assert(count <= 3, `${count} were made`);
+});
+
 const UNCOMPRESSED: readonly [says: string, Handler][] = [
   ["a short text", () => "x".repeat(1023)],
   ["bytes", () => new Uint8Array(4096)],
@@ -2249,6 +2393,10 @@ const CONVERTED: readonly [says: string, name: string, stored: string, charset: 
     ["a style sheet, which says so", "a.css", css("gbk", GBK_YOU), "big5", css("big5", BIG5_YOU)],
     ["text without its byte-order mark", "a.txt", "\xff\xfe\x60\x4f", "utf-8", YOU],
     ["text of a charset it was told", "a.txt", GBK_YOU, "utf-8", YOU, { sourceCharset: "gbk" }],
+    ["text without an extension", "LICENSE", GBK_YOU, "utf-8", YOU, { sourceCharset: "gbk" }],
+    ["text of an unknown extension", "a.unknown", GBK_YOU, "utf-8", YOU, { sourceCharset: "gbk" }],
+    ["a program that could be a film", "a.ts", GBK_YOU, "utf-8", YOU, { sourceCharset: "gbk" }],
+    ["Python", "a.py", YOU, "gbk", GBK_YOU],
     ["text to a charset with states", "a.txt", "\xe3\x81\x82", "iso-2022-jp", '\x1b$B$"\x1b(B'],
     ["unknown text that is valid already, by leaving it", "a.txt", GBK_YOU, "gbk", GBK_YOU],
     ["unknown text that is not, from Western", "a.txt", "caf\xe9", "utf-8", "caf\xc3\xa9"],
@@ -2324,6 +2472,10 @@ const SIDECARS: Tree = {
   "short.css": "x".repeat(1023),
   "a.png": "x".repeat(4096),
   "a.wasm": "x".repeat(4096),
+  "game.data": "plain",
+  "game.data.br": "brotlied",
+  "b.png": "plain",
+  "b.png.gz": "gzipped",
 };
 
 const CODED_FILES: readonly [
@@ -2346,6 +2498,9 @@ const CODED_FILES: readonly [
   ["gzip made of what is converted", "/long.css?charset=utf-16be", "gzip", "gzip"],
   ["a short file as it is", "/short.css", "gzip", undefined],
   ["a picture as it is", "/a.png", "gzip", undefined],
+  ["the brotli beside what nobody would compress", "/game.data", "gzip, br", "br", "brotlied"],
+  ["the gzip beside a picture", "/b.png", "gzip, br", "gzip", "gzipped"],
+  ["data, if no coding is wanted", "/game.data", undefined, undefined, "plain"],
   ["a program compressed", "/a.wasm", "gzip", "gzip"],
 ];
 
@@ -2364,10 +2519,61 @@ for (const [says, target, accept, coding, content] of CODED_FILES) {
 
 const MEDIA_OF: Readonly<Record<string, string>> = {
   ".css": "text/css",
+  ".data": "application/octet-stream",
   ".gz": "application/gzip",
   ".png": "image/png",
   ".wasm": "application/wasm",
 };
+
+Deno.test("selectCoding() says that codings matter, of what has a compressed one beside it and is sent as it is", async () => {
+  await using server = await serveTree(SIDECARS);
+  for (const target of ["/game.data", "/b.png", "/a.css", "/short.css"]) {
+    for (const fields of [[], ["Accept-Encoding: br"]]) {
+      assertMatch(
+        (await getAndHead(server, target, ...fields)).fields.get("vary") ?? "",
+        /\bAccept-Encoding\b/,
+        target,
+      );
+    }
+  }
+});
+
+Deno.test("describeVariant() tags each representation of a file, and of those beside it", async () => {
+  const text = "\xe4\xbd\xa0".repeat(1000);
+  await using server = await serveTree({
+    "a.css": text,
+    "b.css": text,
+    "b.css.gz": "gzip",
+    "b.css.br": "br",
+    "c.css": text,
+  });
+  const tags: string[] = [];
+  for (
+    const [target, ...fields] of [
+      ["/a.css"],
+      ["/a.css", "Accept-Encoding: gzip"],
+      ["/a.css", "Accept-Charset: gbk"],
+      ["/a.css", "Accept-Charset: gb18030"],
+      ["/a.css", "Accept-Charset: gbk", "Accept-Encoding: gzip"],
+      ["/b.css"],
+      ["/b.css", "Accept-Encoding: gzip"],
+      ["/b.css", "Accept-Encoding: br"],
+      ["/b.css.gz"],
+      ["/b.css.br"],
+      ["/c.css"],
+    ] as const
+  ) {
+    const first = await getAndHead(server, target, ...fields), again = await getAndHead(server, target, ...fields);
+    assertEquals(first.fields.get("etag"), again.fields.get("etag"));
+    tags.push(first.fields.get("etag")!);
+  }
+  assertEquals(new Set(tags).size, tags.length, tags.join(" "));
+  // None of them stands for another.
+  for (const [i, tag] of tags.slice(0, 5).entries()) {
+    const { status } = await ask(server, get("/a.css", `If-None-Match: ${tag}`));
+    assertEquals(status, i === 0 ? 304 : 200);
+  }
+});
 
 Deno.test("selectCoding() leaves a stale gzip aside", async () => {
   await using server = await serveTree(SIDECARS);
@@ -2453,7 +2659,7 @@ for (const [how, change] of UNSEEN) {
       await using server = await serveTree(tree, { fallback: "index.html" });
       const path = `${server.path}/${name}`, tags = new Set<string>();
       let last = "";
-      for (const letter of "abcdefgh") {
+      for (const letter of size > 1_000_000 ? "abc" : "abcdefgh") {
         await change(path, content(letter));
         for (let i = 0; i < 2; i++) { // The second one may come from memory.
           const reply = await getAndHead(server, target, ...fields);
@@ -2479,69 +2685,116 @@ const plainText = async (reply: Reply) => new TextDecoder(charsetOf(reply)).deco
 
 Deno.test("describeFile() gives a file that rests one tag, and keeps what is made of it", async () => {
   await using server = await serveTree({ "a.txt": "a".repeat(2000), "b.txt": "b", "b.txt.gz": "gzipped" });
-  // What was asked for while another change might not have shown is trusted later, too.
-  for (const name of ["/a.txt", "/b.txt"]) await ask(server, get(name, "Accept-Encoding: gzip"));
-  await delay(1100);
-  const tags = new Set<string | undefined>();
-  const fields = ["Accept-Encoding: gzip"];
-  const first = await ask(server, get("/a.txt", ...fields)), beside = await ask(server, get("/b.txt", ...fields));
-  const opens = await counting("open", async () => {
-    for (const [target, reply] of [["/a.txt", first], ["/b.txt", beside]] as const) {
-      const etag = reply.fields.get("etag");
-      for (let i = 0; i < 3; i++) {
+  const fields = ["Accept-Encoding: gzip"], targets = ["/a.txt", "/b.txt"];
+  // What was asked for while another change might not have shown is trusted later, too, and under the same tag.
+  const tags: (string | undefined)[] = [];
+  for (const target of targets) tags.push((await ask(server, get(target, ...fields))).fields.get("etag"));
+  await later(RESTED, async () => {
+    const replies: Reply[] = [];
+    for (const target of targets) replies.push(await ask(server, get(target, ...fields)));
+    assertEquals(replies.map(({ fields }) => fields.get("etag")), tags);
+    const opens = await counting("open", async () => {
+      for (const [i, { content }] of replies.entries()) {
+        const target = targets[i]!, etag = tags[i];
         const again = await getAndHead(server, target, ...fields);
-        assertEquals([again.content, again.fields.get("etag")], [reply.content, etag]);
+        assertEquals([again.content, again.fields.get("etag")], [content, etag]);
         const part = await ask(server, get(target, ...fields, "Range: bytes=1-3", `If-Range: ${etag}`));
-        assertEquals([part.status, part.content], [206, reply.content.slice(1, 4)]);
-        const known = await ask(server, get(`${target}?${i}`, ...fields, `If-None-Match: ${etag}`, `X: ${i}`));
+        assertEquals([part.status, part.content], [206, content.slice(1, 4)]);
+        const known = await ask(server, get(`${target}?x`, ...fields, `If-None-Match: ${etag}`, "X: 1"));
         assertEquals([known.status, known.fields.get("etag")], [304, etag]);
-        tags.add(etag);
       }
-    }
+    });
+    assertEquals(opens, 0, "HEAD, 206 and 304 of what is kept open no file");
   });
-  assertEquals([tags.size, opens], [2, 0], "HEAD, 206 and 304 of what is kept open no file");
 });
 
-/** How often a function of the file system is called meanwhile. */
-async function counting(name: "open", use: () => Promise<void>): Promise<number> {
-  const real = Deno[name];
-  let count = 0;
-  Deno[name] = (...args) => {
-    count++;
-    return real(...args);
-  };
-  await use().finally(() => Object.assign(Deno, { [name]: real }));
-  return count;
+const LOOKS: readonly [says: string, target: string, status: number][] = [
+  ["a file", "/a.txt", 200],
+  ["a page", "/page", 200],
+  ["a folder", "/folder", 301],
+  ["what is missing", "/nowhere", 404],
+  ["what is missing in a folder that is missing", "/no/where", 404],
+];
+
+for (const [says, target, status] of LOOKS) {
+  Deno.test(`placeOf() looks seldom at ${says} that rests: ${target}`, async () => {
+    await using server = await serveTree({ "a.txt": "a", "page.html": "<p>page", "folder/a.txt": "" });
+    // Asked for when it had just changed, which must not be held against it for good.
+    assertEquals((await ask(server, get(target))).status, status);
+    await later(RESTED, async () => {
+      using client = await Client.connect(server);
+      await client.send(get(target));
+      await client.receive();
+      const looks = await counting("lstatSync", async () => {
+        await client.send(
+          get(target).repeat(50) + Array.from({ length: 50 }, (_, i) => get(`${target}?${i}`)).join(""),
+        );
+        for (let i = 0; i < 100; i++) assertEquals((await client.receive()).status, status);
+      });
+      assert(looks < 50, `${looks} looks for 100 requests of a moment`);
+    });
+  });
 }
 
 Deno.test("placeOf() forgets what rested when it leads out of ROOT", { ignore: ON_WINDOWS }, async () => {
   await using server = await serveTree({ "site/f/a.txt": "inside", "site/b.txt": "b" }, { root: "site" });
-  await delay(1100);
-  using client = await Client.connect(server);
-  for (let i = 0; i < 3; i++) await soon(client, "/f/a.txt", [200, "inside"]);
-  await Deno.rename(`${server.path}/site/f`, `${server.path}/f`);
-  await Deno.symlink(`${server.path}/f`, `${server.path}/site/f`);
-  await soon(client, "/f/a.txt", [404]);
+  await later(RESTED, async () => {
+    using client = await Client.connect(server);
+    for (let i = 0; i < 3; i++) await soon(client, "/f/a.txt", [200, "inside"]);
+    await Deno.rename(`${server.path}/site/f`, `${server.path}/f`);
+    await Deno.symlink(`${server.path}/f`, `${server.path}/site/f`);
+    await soon(client, "/f/a.txt", [404]);
+  });
 });
 
 Deno.test("describeFile() gives a file from the future one tag, and a Last-Modified that is not", async () => {
   await using server = await serveTree({ "a.txt": "a".repeat(2000) });
   const future = new Date(Date.now() + 10 * 60 * 60 * 1000);
   await Deno.utime(`${server.path}/a.txt`, future, future);
-  await delay(1100);
-  const tags = new Set<string>();
-  const opens = await counting("open", async () => {
-    for (let i = 0; i < 4; i++) {
-      const { fields } = await getAndHead(server, `/a.txt?${i}`, "Accept-Encoding: gzip");
-      assert(Date.parse(fields.get("last-modified")!) <= Date.parse(fields.get("date")!), "RFC 9110 §8.8.2.1");
-      tags.add(fields.get("etag")!);
-    }
-    const [etag] = tags;
-    const known = await ask(server, get("/a.txt", "Accept-Encoding: gzip", `If-None-Match: ${etag}`));
-    assertEquals(known.status, 304);
+  await later(RESTED, async () => {
+    const tags = new Set<string>();
+    const opens = await counting("open", async () => {
+      for (let i = 0; i < 4; i++) {
+        const { fields } = await getAndHead(server, `/a.txt?${i}`, "Accept-Encoding: gzip");
+        assert(Date.parse(fields.get("last-modified")!) <= Date.parse(fields.get("date")!), "RFC 9110 §8.8.2.1");
+        tags.add(fields.get("etag")!);
+      }
+      const [etag] = tags;
+      const known = await ask(server, get("/a.txt", "Accept-Encoding: gzip", `If-None-Match: ${etag}`));
+      assertEquals(known.status, 304);
+    });
+    assertEquals([tags.size, opens], [1, 1], "it is read once");
   });
-  assertEquals([tags.size, opens], [1, 1], "it is read once");
 });
+
+/** Requests for what is kept, as they go over the wire. TAG stands for the entity tag. */
+const KEPT: readonly [says: string, request: string, status: number, text: string][] = [
+  ["a file", get("/a.txt"), 200, "abc"],
+  ["its head", get("/a.txt").replace("GET", "HEAD"), 200, ""],
+  ["a part", get("/a.txt", "Range: bytes=1-"), 206, "bc"],
+  ["two parts", get("/a.txt", "Range: bytes=0-0,2-2"), 206, ""],
+  ["what is known", get("/a.txt", "If-None-Match: TAG"), 304, ""],
+  ["what is known, its head", get("/a.txt", "If-None-Match: TAG").replace("GET", "HEAD"), 304, ""],
+  ["a file with a query and a cookie", get("/a.txt?x=1", "Cookie: a=b"), 200, "abc"],
+  ["a page that is not there", get("/nowhere"), 404, "<p>404"],
+  ["its head", get("/nowhere").replace("GET", "HEAD"), 404, ""],
+  ["a folder", get("/folder"), 301, ""],
+  ["content with a GET", get("/a.txt", "Content-Length: 3") + "abc", 200, "abc"],
+];
+
+for (const [says, request, status, text] of KEPT) {
+  Deno.test(`representFile() sends ${says}, kept or not, however the request comes: ${status}`, async () => {
+    await using server = await serveTree({ "a.txt": "abc", "404.html": "<p>404", "folder/": "" }, { routes: ROUTES });
+    for (const milliseconds of [0, RESTED]) {
+      await later(milliseconds, async () => {
+        const tag = (await ask(server, get("/a.txt"))).fields.get("etag")!;
+        await inEveryWay(server, request.replace("TAG", tag), status, false, (reply) => {
+          if (text !== "") assertEquals(textOf(reply), text);
+        });
+      });
+    }
+  });
+}
 
 /** The byte at each place of a file that grows. */
 const grown = (start: number, length: number) => Uint8Array.from({ length }, (_, i) => (start + i) % 251);
@@ -2555,20 +2808,20 @@ async function grow(path: string, step: number, isOver: () => boolean): Promise<
   }
 }
 
-const GROWING: readonly [says: string, size: number, step: number][] = [
-  ["a short log", 1000, 100],
-  ["a file that is kept", 94_000, 1000],
-  ["a file on the way beyond what is kept", 1_000_000, 10_000],
-  ["a large file", 4_000_000, 10_000],
+const GROWING: readonly [says: string, size: number, step: number, rounds: number][] = [
+  ["a short log", 1000, 100, 20],
+  ["a file that is kept", 94_000, 1000, 20],
+  ["a file on the way beyond what is kept", 1_000_000, 10_000, 10],
+  ["a large file", 4_000_000, 10_000, 5],
 ];
 
-for (const [says, size, step] of GROWING) {
+for (const [says, size, step, rounds] of GROWING) {
   Deno.test(`readFile() sends a file that grows as long as it was: ${says}`, async () => {
     await using server = await serveTree({ "a.bin": grown(0, size) });
     let isOver = false;
     const growing = grow(`${server.path}/a.bin`, step, () => isOver);
     try {
-      for (let i = 0; i < 20; i++) {
+      for (let i = 0; i < rounds; i++) {
         using client = await Client.connect(server);
         await client.send(
           get("/a.bin") + get("/a.bin").replace("GET", "HEAD") + get("/a.bin", "Range: bytes=100-999") +
@@ -3139,6 +3392,93 @@ for (const [says, options, target, fields] of CONFIGURED) {
   });
 }
 
+const CACHED: readonly [says: string, target: string, fields: string[], status: number, isCached: boolean][] = [
+  ["a file", "/a.txt", [], 200, true],
+  ["a part of a file", "/a.txt", ["Range: bytes=0-1"], 206, true],
+  ["a file that is known", "/a.txt", ["If-None-Match: *"], 304, true],
+  ["a fallback", "/page", [], 200, true],
+  ["an index", "/folder/", [], 200, true],
+  ["a route", "/route", [], 200, true],
+  ["a part that is not there", "/a.txt", ["Range: bytes=99-"], 416, false],
+  ["a file that is another", "/a.txt", ['If-Match: "a"'], 412, false],
+  ["what is not found", "/nowhere.js", [], 404, false],
+  ["a redirection", "/folder", [], 301, false],
+  ["a listing", "/list/", [], 200, false],
+  ["a listing as JSON", "/list/", ["Accept: application/json"], 200, false],
+  ["a search", "/list/?q=a", [], 200, false],
+  ["a bad request", "/?charset=klingon", [], 400, false],
+  ["an error", "/fail", [], 500, false],
+];
+
+for (const [says, target, fields, status, isCached] of CACHED) {
+  Deno.test(`formatHead() says ${isCached ? "" : "not "}how long ${says} may be kept: ${status}`, async () => {
+    const header = [["Cache-Control", "public, immutable"], ["Expires", "0"], ["X-Y", "1"]] as const;
+    const routes: Route[] = [[/^\/fail$/, failing(new Error())], [/^\/route$/, () => "x"]];
+    const tree = { "a.txt": "abc", "folder/index.html": "", "list/a": "", "fallback": "" };
+    await using server = await serveTree(tree, { header, routes, fallback: "fallback", onLog: () => {} });
+    // Ranges are for GET alone.
+    const request = get(target, ...fields);
+    const replies = [
+      await ask(server, request),
+      ...(target === "/a.txt" ? [] : [await getAndHead(server, target, ...fields)]),
+    ];
+    for (const reply of replies) {
+      const cache = reply.fields.get("cache-control");
+      assertEquals([reply.status, cache === "public, immutable"], [status, isCached], cache);
+      assertEquals([reply.fields.has("expires"), reply.fields.get("x-y")], [isCached, "1"]);
+    }
+  });
+}
+
+Deno.test("formatHead() says of no method that is not allowed how long that may be kept", async () => {
+  await using server = await serveTree({ "a.txt": "" }, { header: [["Cache-Control", "immutable"]] });
+  for (const method of ["POST", "BREW"]) {
+    const { fields } = await ask(server, head(`${method} /a.txt HTTP/1.1`, "Host: localhost"));
+    assert(fields.get("cache-control") !== "immutable");
+  }
+});
+
+/** Fields that scripts of other sites want to read (Fetch §3.2.3), and on which answers. */
+const EXPOSED: readonly [says: string, target: string, fields: string[], status: number][] = [
+  ["a file", "/a.txt", [], 200],
+  ["a part", "/a.txt", ["Range: bytes=0-1"], 206],
+  ["what is known", "/a.txt", ["If-None-Match: *"], 304],
+  ["a part that is not there", "/a.txt", ["Range: bytes=99-"], 416],
+  ["what is not found", "/nowhere", [], 404],
+  ["a listing", "/", [], 200],
+];
+
+for (const [says, target, fields, status] of EXPOSED) {
+  Deno.test(`READABLE lets scripts of other sites read the fields of ${says}: ${status}`, async () => {
+    await using server = await serveTree({ "a.txt": "abc" }, { cors: true });
+    const reply = await ask(server, get(target, "Origin: http://a.example", ...fields));
+    assertEquals([reply.status, reply.fields.get("access-control-allow-origin")], [status, "*"]);
+    const exposed = (reply.fields.get("access-control-expose-headers") ?? "").toLowerCase().split(/, */);
+    for (const name of ["content-length", "content-range", "content-encoding", "etag", "accept-ranges", "date", "*"]) {
+      assert(exposed.includes(name), name);
+    }
+  });
+}
+
+Deno.test("PREFLIGHT lets a page of a public site reach a server of a private network", async () => {
+  await using server = await serveTree({ "a.txt": "abc" }, { cors: true, auth: ["joe:secret"] });
+  const asked = ["Origin: http://a.example", "Access-Control-Request-Private-Network: true"];
+  const methods = ["GET", "HEAD"].map((method) => `Access-Control-Request-Method: ${method}`);
+  for (const method of methods) {
+    const headers = "Access-Control-Request-Headers: authorization, range, if-none-match";
+    const { status, fields } = await ask(
+      server,
+      head("OPTIONS /a.txt HTTP/1.1", "Host: localhost", ...asked, method, headers),
+    );
+    assertEquals([status, fields.get("access-control-allow-private-network")], [204, "true"]);
+    // `*` does not stand for Authorization (Fetch §3.2.3).
+    assertMatch(fields.get("access-control-allow-headers")!, /\bAuthorization\b/);
+    assertMatch(fields.get("access-control-allow-methods")!, /\bHEAD\b/);
+  }
+  // Not every OPTIONS is a preflight.
+  assertEquals((await ask(server, head("OPTIONS /a.txt HTTP/1.1", "Host: localhost"))).status, 401);
+});
+
 Deno.test("formatHead() answers a preflight", async () => {
   await using server = serveEcho({ cors: true });
   const preflight = head("OPTIONS /echo HTTP/1.1", "Host: a", "Origin: http://b", "Access-Control-Request-Method: PUT");
@@ -3463,6 +3803,80 @@ for (const [says, trustProxy, fields, client] of CLIENTS) {
       assertEquals(textOf(await ask(server, get("/", ...fields))), client);
     }
     assert(log.startsWith(`${client} - - [`), log);
+  });
+}
+
+/** Credentials as a browser sends them (RFC 7617): base64 of UTF-8. */
+const basic = (credentials: string) => `Authorization: Basic ${new TextEncoder().encode(credentials).toBase64()}`;
+
+/** Who asks, and what the log calls them. */
+const CREDENTIALS: readonly [says: string, fields: string[], status: number, user: string][] = [
+  ["a name and its password", [basic("joe:s3cret")], 200, "joe"],
+  ["a password with a colon", [basic("anna:a:b")], 200, "anna"],
+  ["what is beyond ASCII", [basic("张三:密码é")], 200, "\\xe5\\xbc\\xa0\\xe4\\xb8\\x89"],
+  ["the scheme in any case", [basic("joe:s3cret").replace("Basic", "bAsIc")], 200, "joe"],
+  ["the scheme behind spaces", [basic("joe:s3cret").replace("Basic", "Basic  ")], 200, "joe"],
+  ["a name with a space", [basic("jo e:s3cret")], 200, "jo_e"],
+  ["nothing", [], 401, "-"],
+  ["nothing of the scheme", ["Authorization: Basic"], 401, "-"],
+  ["a wrong password", [basic("joe:S3cret")], 401, "-"],
+  ["half a password", [basic("joe:s3cre")], 401, "-"],
+  ["more than a password", [basic("joe:s3cret!")], 401, "-"],
+  ["no password", [basic("joe:")], 401, "-"],
+  ["a password alone", [basic(":s3cret")], 401, "-"],
+  ["a password in the place of a name", [basic("s3cret")], 401, "-"],
+  ["another's password", [basic("joe:a:b")], 401, "-"],
+  ["another name", [basic("jim:s3cret")], 401, "-"],
+  ["what is beyond ASCII, in Latin-1", ["Authorization: Basic 5bw6w6k="], 401, "-"],
+  ["what is no base64", ["Authorization: Basic joe:s3cret"], 401, "-"],
+  ["another scheme", ["Authorization: Bearer s3cret"], 401, "-"],
+  ["two", [basic("joe:s3cret"), basic("joe:s3cret")], 401, "-"],
+];
+
+for (const [says, fields, status, user] of CREDENTIALS) {
+  Deno.test(`authenticate() lets ${status === 200 ? "in" : "nobody in with"} ${says}: ${status}`, async () => {
+    const auth = ["joe:s3cret", "anna:a:b", "张三:密码é", "jo e:s3cret"];
+    await using tree = await plant({ "a.txt": "treasure", ".well-known/a": "treasure", "404.html": "treasure" });
+    for (const form of ["common", "combined", "wire"] as const) {
+      const { log } = await logging({ auth, root: tree.path, routes: [], log: form }, async (server) => {
+        for (const target of ["/a.txt", "/", "/nowhere", "/.well-known/a"]) {
+          const reply = await getAndHead(server, target, ...fields);
+          const expected = status === 401 ? 401 : target === "/nowhere" ? 404 : 200;
+          assertEquals(reply.status, expected, target);
+          if (expected !== 401) continue;
+          assertEquals(reply.fields.get("www-authenticate"), 'Basic realm="charserve", charset="UTF-8"');
+          assert(!textOf(reply).includes("treasure"));
+        }
+        // Whoever knows nothing learns nothing: neither what is there, nor which methods.
+        const { status: options } = await ask(server, head("OPTIONS /a.txt HTTP/1.1", "Host: localhost", ...fields));
+        assertEquals(options, status === 401 ? 401 : 204);
+      });
+      assert(!/s3cre|S3cret|密码|a:b|\\xe5\\xaf\\x86/i.test(log), log);
+      for (const field of fields) assert(!log.includes(field.split(" ").at(-1)!) || field.endsWith("Basic"), log);
+      const lines = log.split("\n").filter((line) => line.startsWith("127.0.0.1"));
+      assert(lines.length > 8);
+      for (const line of lines) assertEquals(line.split(" ")[2], user, line);
+    }
+  });
+}
+
+/** Heads that are refused before anybody looks for credentials: the log shows them, but not those. */
+const REFUSED_CREDENTIALS: readonly [says: string, request: string][] = [
+  ["a space before the colon", get("/", basic("joe:s3cret").replace(":", " :"))],
+  ["a line that goes on", get("/", basic("joe:s3cret").replace("Basic ", "\r\n Basic "))],
+  ["a line that goes on with a tab", get("/", basic("joe:s3cret").replace("Basic ", "Basic\r\n\t"))],
+  ["no Host", head("GET / HTTP/1.1", basic("joe:s3cret"))],
+  ["a control character", get("/", basic("joe:s3cret") + "\x01")],
+  ["no end of its line", head("GET / HTTP/1.1", "Host: a").slice(0, -2) + basic("joe:s3cret") + "\n\n"],
+];
+
+for (const [says, request] of REFUSED_CREDENTIALS) {
+  Deno.test(`wireLines() shows no credentials of a head with ${says}`, async () => {
+    const { log } = await logging({ log: "wire" }, async (server) => {
+      assertEquals((await ask(server, request)).status, 400);
+    });
+    assertStringIncludes(log, "Authorization");
+    assert(!log.includes(basic("joe:s3cret").split(" ").at(-1)!), log);
   });
 }
 
