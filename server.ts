@@ -1719,7 +1719,8 @@ interface Evidence {
   /** What it is kept in. */
   readonly places: Cache<Place>;
   readonly looks: Look[];
-  /** When the last look was, and when the last of all this changed, in milliseconds. */
+  /** When all was last looked at itself, when anything was, and when the last of all this changed, in milliseconds. */
+  since: number;
   looked: number;
   changed: number;
 }
@@ -1740,6 +1741,8 @@ interface Found {
 
 /** What a place is thought to cost besides the responses that are kept with it, in bytes. */
 const PLACE_SIZE = 4096;
+/** Longest that a folder's word is taken for what is missing in it, in milliseconds. */
+const LONGEST_ABSENCE = 10_000;
 /** Longest that something is believed without another look, in milliseconds. */
 const LONGEST_LIFETIME = 100;
 /** What is believed so much of the time since it last changed: RFC 9111 §4.2.2 calls that heuristic freshness. */
@@ -1774,7 +1777,7 @@ function placeOf(server: HttpServer, key: string, find: (site: Site, evidence: E
   const site = server.site(), now = Date.now();
   let place = site.places.get(key);
   if (place === undefined || !isBelieved(place.evidence, now) && !isStillTrue(server, site, place.evidence, now)) {
-    const evidence: Evidence = { key, places: site.places, looks: [], looked: now, changed: 0 };
+    const evidence: Evidence = { key, places: site.places, looks: [], since: now, looked: now, changed: 0 };
     place = { resource: find(site, evidence), evidence };
     site.places.set(copyOf(key), place, PLACE_SIZE);
   }
@@ -1787,14 +1790,16 @@ function isBelieved({ looked, changed }: Evidence, now: number): boolean {
 
 /** Looks again at all that something was decided by. */
 function isStillTrue(server: HttpServer, site: Site, evidence: Evidence, now: number): boolean {
+  const isOld = now - evidence.since >= LONGEST_ABSENCE;
   const isTrue = evidence.looks.every(({ path, found, folder }) => {
     // What was reached without a link is the same thing if its identity is, however it is reached now.
     if (found?.real === path) return isDirect(site, path, now) && isSameState(statOf(path), found.info);
-    if (folder !== undefined && isSameState(statOf(parentOf(path)), folder)) return true;
+    if (folder !== undefined && !isOld && isSameState(statOf(parentOf(path)), folder)) return true;
     const again = findInside(server, site, path);
     return again?.real === found?.real && (again === found || isSameState(again?.info, found!.info));
   });
   evidence.looked = now;
+  if (isOld) evidence.since = now;
   return isTrue;
 }
 
@@ -1827,6 +1832,13 @@ function changeTime({ mtime, ctime }: Deno.FileInfo, now: number): number {
   return Math.max(0, ...times.filter((time) => time <= now));
 }
 
+/** The folder that a path is missing in; undefined if that is not there either, or is only passing by. */
+function folderWithout(path: string): Deno.FileInfo | undefined {
+  const folder = parentOf(path), info = statOf(folder);
+  const isThere = info !== undefined && orNothing(() => Deno.realPathSync(folder)) === folder;
+  return isThere && statOf(path) === undefined ? info : undefined;
+}
+
 /** For how long it is believed that something is as it was, that changed so long ago; both in milliseconds. */
 function lifetimeOf(age: number): number {
   return Math.min(LONGEST_LIFETIME, Math.max(0, (age - GRANULARITY) * LIFETIME_SHARE));
@@ -1835,8 +1847,7 @@ function lifetimeOf(age: number): number {
 /** Looks at a path, and notes what was there. */
 function look(server: HttpServer, site: Site, evidence: Evidence, path: string): Found | undefined {
   const found = findInside(server, site, path);
-  // What is missing appears by a change of the folder.
-  const folder = found === undefined ? statOf(parentOf(path)) : undefined, info = found?.info ?? folder;
+  const folder = found === undefined ? folderWithout(path) : undefined, info = found?.info ?? folder;
   const changed = info === undefined ? evidence.looked : changeTime(info, evidence.looked);
   evidence.changed = Math.max(evidence.changed, changed);
   evidence.looks.push({ path, found, folder: evidence.looked - changed > GRANULARITY ? folder : undefined });
