@@ -5008,7 +5008,7 @@ async function labPage(incoming: Incoming): Promise<Answer> {
   const text = (given ?? sampleOf(charset).split(" / ")[1] ?? "Hello").replaceAll("\r\n", "\n");
   async function* body() {
     const { headText: requestHead, responseHead = "" } = incoming;
-    const html = labHtml({ text, charset, declare, readings, requestHead, responseHead });
+    const html = labHtml({ text, isGiven: given !== null, charset, declare, readings, requestHead, responseHead });
     yield await Promise.resolve(encode(html, charset));
   }
   return {
@@ -5023,6 +5023,8 @@ async function labPage(incoming: Incoming): Promise<Answer> {
 /** What the page is about. */
 interface Experiment {
   readonly text: string;
+  /** Whether the text is the client's, not our example. */
+  readonly isGiven: boolean;
   readonly charset: string;
   readonly declare: string | undefined;
   /** What a file that was sent may be in. */
@@ -5032,7 +5034,7 @@ interface Experiment {
 }
 
 function labHtml(experiment: Experiment): string {
-  const { text, charset, declare, readings } = experiment;
+  const { text, isGiven, charset, declare, readings } = experiment;
   const falsely = declare !== undefined && declare !== "none" &&
     !(LABELS.includes(declare) && encodingOf(declare) === charset);
   const shownDeclare = falsely ? ` and declared as <strong>${escapeMarkup(declare)}</strong>` : "";
@@ -5048,7 +5050,7 @@ ${declare === undefined ? "" : truth}
 </header>
 <main>
 ${labForm(experiment)}
-${readings.length > 0 ? labDetection(readings) : labDiagnosis(text)}
+${readings.length > 0 ? labDetection(readings) : labDiagnosis(text, isGiven)}
 ${labCharacters(text, charset)}
 ${labReadings(text, charset)}
 ${labGreetings(charset)}
@@ -5283,8 +5285,9 @@ function readingHtml(text: string): string {
   return controlPictures(escapeMarkup(text)).replaceAll("\uFFFD", "<mark>&#xFFFD;</mark>");
 }
 
-function labDiagnosis(text: string): string {
-  const rows = diagnose(text).map(({ steps, text, lost, note }) => {
+function labDiagnosis(text: string, isGiven: boolean): string {
+  const diagnoses = isGiven ? diagnose(text) : [];
+  const rows = diagnoses.map(({ steps, text, lost, note }) => {
     const way = note ?? steps.map(({ written, read }) => `${written} read as ${read}`).join(", then ");
     const loss = lost === 0
       ? ""
