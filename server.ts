@@ -996,12 +996,14 @@ const NO_MARKS: Marks = MARKED_FIELDS.flatMap(() => [0, 0]), SEVERAL_LINES = -1;
 
 const CR = 0x0d, LF = 0x0a, COLON = 0x3a, SP = 0x20, HTAB = 0x09;
 
+/** RFC 9110 §5.6.2. */
+const TOKEN_CHARACTERS = "!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
 /** What a byte may be part of: a token, a request line, a field value. */
 const IN_TOKEN = 1, IN_LINE = 2, IN_VALUE = 4, IN_SPACE = 8;
 const CLASSES = Uint8Array.from(
   { length: 256 },
   (_, byte) =>
-    (/[!#$%&'*+\-.^_`|~0-9A-Za-z]/.test(String.fromCharCode(byte)) ? IN_TOKEN : 0) |
+    (TOKEN_CHARACTERS.includes(String.fromCharCode(byte)) ? IN_TOKEN : 0) |
     (byte >= SP && byte !== 0x7f ? IN_LINE | IN_VALUE : 0) |
     (byte === HTAB ? IN_VALUE : 0) |
     (byte === SP || byte === HTAB ? IN_SPACE : 0),
@@ -4082,7 +4084,7 @@ const isLetter = (kind: number) => kind >= 4 && kind <= 8, isCharacter = (kind: 
 
 /** The first row that matches a code unit gives its kind, and its bits but for letters. */
 // deno-fmt-ignore
-const UNITS: readonly (readonly [kind: string, bits: number, units: RegExp])[] = [
+const unitKinds = lazily((): readonly (readonly [kind: string, bits: number, units: RegExp])[] => [
   ["S", 1.5, /[ \n\r\t]/], ["S", 5, /[\xa0\u3000]/], ["S", 0, /\ufeff/],
   ["D", 3.3, /\d/], ["D", 5, /[¹²³]/],
   ["P", 4, /[.,:;?!'"()\/_-]/], ["P", 5, /’/], ["P", 6, /[!-\/:-@\[-`{-~‘“”‚„…–—]/], ["P", 8, /[«»‹›]/],
@@ -4094,11 +4096,12 @@ const UNITS: readonly (readonly [kind: string, bits: number, units: RegExp])[] =
   ["J", 18, /\ufffd/], ["J", 20, /[\p{Co}\p{Cn}\p{Cc}\p{Cs}]/u],
   ["U", 0, /[\p{Lu}\p{Lt}]/u], ["L", 0, /[\p{Ll}ªº]/u], ["E", 0, /[\p{Lo}\p{Lm}\u0e30-\u0e4e]/u], ["M", 5, /\p{M}/u],
   ["I", 10, /[\p{S}\p{P}]/u], ["I", 12, /[^]/],
-];
+]);
 
 /** Bits for one kind (a row) before another (a column), in the order of `KINDS`. */
-const MOVES = Uint8Array.from(
-  `2331 2219 3331 4463
+const moves = lazily(() =>
+  Uint8Array.from(
+    `2331 2219 3331 4463
    1233 3329 3322 3473
    2214 4459 4444 3474
    2250 8999 9999 5684
@@ -4114,31 +4117,32 @@ const MOVES = Uint8Array.from(
    3235 5559 4444 4244
    2336 6669 4444 4402
    3334 4449 4444 4442`.replace(/\s/g, ""),
-  (bits) => Number(bits) * BIT,
+    (bits) => Number(bits) * BIT,
+  )
 );
 
 /** Kinds and bits by code unit, found when first met; a kind is its place in `KINDS` and one. */
 const kinds = lazily(() => new Uint8Array(0x10000)), unitBits = lazily(() => new Uint8Array(0x10000));
 
 function kindOfUnit(unit: number): number {
-  const [kind, bits] = UNITS.find(([, , units]) => units.test(String.fromCharCode(unit)))!;
+  const [kind, bits] = unitKinds().find(([, , units]) => units.test(String.fromCharCode(unit)))!;
   unitBits()[unit] = bits * BIT;
   return kinds()[unit] = KINDS.indexOf(kind) + 1;
 }
 
 /** What a text costs, if each of its words is in one of these languages; Infinity if that is beyond the limit. */
 function bitsOf(text: string, languages: readonly Language[], limit = Infinity): number {
-  const numbers = letters(), known = kinds(), bits = unitBits(), costs = new Float64Array(languages.length);
+  const numbers = letters(), known = kinds(), bits = unitBits(), moved = moves();
+  const costs = new Float64Array(languages.length);
   let common = 0, kindBefore = SPACE, before = 0, unitBefore = 0, least = 0;
   for (let i = 0; i <= text.length; i++) {
-    const unit = i < text.length ? text.charCodeAt(i) : 0x0a,
-      number = numbers[unit]!,
-      found = known[unit] || kindOfUnit(unit);
+    const unit = i < text.length ? text.charCodeAt(i) : 0x0a, number = numbers[unit]!;
+    const found = known[unit] || kindOfUnit(unit);
     const kind = found === UPPER && (kindBefore === UPPER || kindBefore === CAPITALS) ? CAPITALS : found;
     const isRepeated = unit === unitBefore && !isLetter(kind) && kind !== JUNK;
     common += isRepeated
       ? (isCharacter(kind) ? DOUBLED : REPEATED) * BIT
-      : MOVES[(kindBefore - 1) * KINDS.length + kind - 1]! + bits[unit]!;
+      : moved[(kindBefore - 1) * KINDS.length + kind - 1]! + bits[unit]!;
     if (kind === MARK && number === 0) continue;
     // A word ends where letters do.
     if (!isLetter(kind) || isCharacter(kindBefore)) {
