@@ -2096,8 +2096,7 @@ function represent(exchange: Exchange, resource: Resource): Message | Promise<Me
     case "redirect":
       return redirect(exchange, resource.location);
     case "folder":
-      return listFolder(exchange, resource).then((answer) => representContent(exchange, answer))
-        .then((message) => ({ ...message, isListing: true }));
+      return representFolder(exchange, resource);
     case "file":
       return representFile(exchange, resource.file, resource.status);
   }
@@ -4680,7 +4679,8 @@ function textEnd(page: string, name: string, start: number): number {
 }
 
 // ── Pages ────────────────────────────────────────────────────────────────────────────────────────
-// The pages that the server writes itself: their style, and the listings of folders.
+// The pages that the server writes itself: their style, and the listings of folders, which have a validator as files
+// have, and tell nothing that may not be served.
 
 /** For every page of our own: it runs no script and loads nothing, whatever its text turns out to be (CSP 3). */
 const PAGE_POLICY =
@@ -4701,7 +4701,9 @@ textarea, select, input, button { font: inherit; font-weight: 400; color: inheri
 textarea { min-height: 5rem; resize: vertical } button { justify-self: start; width: auto; padding-inline: 1.5rem; color: var(--paper); background: var(--accent); border-color: var(--accent); font-weight: 600; cursor: pointer }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
 details { margin: .5rem 0 } summary { cursor: pointer; padding: .25rem 0 } .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100% } caption { text-align: start; color: var(--soft); padding-bottom: .5rem }
-th, td { text-align: start; vertical-align: top; padding: .4rem 1rem .4rem 0; border-bottom: 1px solid var(--line) } th { font-weight: 600; white-space: nowrap } .number { text-align: end; white-space: nowrap; font-variant-numeric: tabular-nums } td time { white-space: nowrap } td.text { overflow-wrap: anywhere; min-width: 14rem }
+th, td { text-align: start; vertical-align: top; padding: .4rem 1rem .4rem 0; border-bottom: 1px solid var(--line) } th { font-weight: 600; white-space: nowrap } .number { text-align: end; white-space: nowrap; font-variant-numeric: tabular-nums } td time { white-space: nowrap } td.text { overflow-wrap: anywhere; min-width: 14rem } form td.text { min-width: 0; width: 100% }
+th button { padding: 0; color: var(--accent); background: none; border: 0; text-decoration: underline } .tick { display: flex; align-items: center; gap: .5rem; padding-block: .5rem; font-weight: 400 } .tick input { width: auto }
+.results { padding-inline-start: 2.5rem } .results li { margin: 1rem 0; overflow-wrap: anywhere } .results p { margin: 0 } main:has(.over) .running { display: none } @media (max-width: 30rem) { .clock { display: none } .results { padding: 0 } }
 .char { font-size: 1.35rem; line-height: 1.2 } mark { color: inherit; background: var(--wrong); border-radius: .2em; padding: 0 .1em } .notice { padding: .75rem 1.25rem; background: var(--wrong); border-radius: .5rem }
 .greetings { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: .75rem 1.5rem; margin: 1rem 0 } .greetings dd { margin: 0 }
 nav { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem } footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line); color: var(--soft) }
@@ -4735,9 +4737,19 @@ function noticeHtml(title: string, body: string, path: string): string {
 const LISTING_PAGE = 1000;
 /** Entries that are looked at before others get their turn. */
 const LISTING_SLICE = 500;
+/** Most names that are sorted as people do, and not by their code units. */
+const COLLATED = 10_000;
+/** How often a folder that changes while it is looked at is looked at anew. */
+const LISTING_ATTEMPTS = 5;
 
-interface ListingEntry {
+type FolderFound = Resource & { kind: "folder" };
+
+/** What is in a folder: a file or another folder. */
+interface FolderEntry {
   readonly name: string;
+  /** Where it is: no part of it is a symbolic link. */
+  readonly real: string;
+  readonly info: Deno.FileInfo;
   readonly isFolder: boolean;
   /** In bytes; 0 for a folder. */
   readonly size: number;
@@ -4745,155 +4757,249 @@ interface ListingEntry {
   readonly time: number;
 }
 
-/** What a listing is asked for: which names, in which order, which page. */
+/** What a listing is asked for: in which order, which page. */
 interface ListingQuery {
-  readonly search: string;
   readonly sort: "name" | "size" | "time";
   readonly descending: boolean;
   readonly page: number;
 }
 
-/** A folder as a page, or as JSON for those who prefer it (RFC 9110 §12.5.1). */
-async function listFolder(
-  exchange: Exchange,
-  { path, segments }: Resource & { kind: "folder" },
-): Promise<Answer> {
-  const { query, server } = exchange, site = server.site(), sort = query.get("sort"), search = query.get("q") ?? "";
-  const asked: ListingQuery = {
-    search,
-    sort: sort === "size" || sort === "time" ? sort : "name",
-    descending: query.has("desc"),
-    page: numberParameter(query, "page", 1, 1_000_000) ?? 1,
-  };
+/** A folder: what is in it, or what is found below it. */
+function representFolder(exchange: Exchange, folder: FolderFound): Message | Promise<Message> {
+  const { query, server } = exchange;
   if (server.settings.noListing) throw new HttpError(403, "This folder is not listed");
-  const listed = await listNames(server, path, search).catch(absence);
-  if (listed === undefined) throw new HttpError(404, "Nothing is here any more");
-  const shown = await describeEntries(server, site, path, listed, asked);
-  // What is no file, or leads out of ROOT, is known only where it was looked at.
-  const count = listed.names.length > LISTING_PAGE ? listed.names.length : shown.length;
-  const headers = { Vary: "Accept", "Cache-Control": "no-cache", "Content-Security-Policy": PAGE_POLICY };
+  const search = readSearch(query);
+  if (search.words.length > 0) return searchMessage(exchange, folder, search);
+  const [, minus, sort = ""] = /^(-?)(size|time|name)$/.exec(query.get("sort") ?? "") ?? [];
+  return listFolder(exchange, folder, {
+    sort: sort === "size" || sort === "time" ? sort : "name",
+    descending: minus === "-",
+    page: numberParameter(query, "page", 1, 1_000_000) ?? 1,
+  });
+}
+
+/** A listing, as a page, or as JSON for those who prefer it. Its validator is made of what it shows. */
+async function listFolder(exchange: Exchange, folder: FolderFound, asked: ListingQuery): Promise<Message> {
+  const { server } = exchange, { entries, count } = await readPage(server, folder.path, asked);
+  const pages = Math.max(1, Math.ceil(count / LISTING_PAGE));
+  if (asked.page > pages) throw new HttpError(404, `This folder has no page ${asked.page}`);
+  const body = prefersJson(exchange)
+    ? JSON.stringify(entries.map(describeForPrograms), null, 1) + "\n"
+    : listingHtml(exchange, folder, entries, { ...asked, count, pages });
+  const type = prefersJson(exchange) ? "application/json" : "text/html";
+  const message = await representContent(exchange, { type, headers: PAGE_FIELDS, body });
+  if (!isWhole(message)) return message;
+  const label = message.fields.find(([name]) => name === "Content-Type")!.join();
+  const digest = await crypto.subtle.digest("SHA-256", concat([latin1Bytes(label), message.content]));
+  const etag = `"${new Uint8Array(digest).subarray(0, 12).toHex()}"`;
+  const tagged: Message = { ...message, fields: [...message.fields, ["ETag", etag]], isListing: true };
+  // Nobody knows when what is in a folder last changed: there is no date to compare with.
+  const status = evaluatePreconditions(exchange.head, { etag, time: NaN });
+  return status === 304 ? { ...notModified(tagged), isListing: true } : tagged;
+}
+
+const PAGE_FIELDS = { Vary: "Accept", "Cache-Control": "no-cache", "Content-Security-Policy": PAGE_POLICY };
+
+/** Whether a client would rather have JSON than a page (RFC 9110 §12.5.1). */
+function prefersJson(exchange: Exchange): boolean {
   const accepted = parseAccept(exchange.header("accept") ?? "");
-  if ((accepted.get("application/json") ?? 0) > (accepted.get("text/html") ?? 0)) {
-    const list = shown.map(({ name, isFolder, size, time }) =>
-      isFolder
-        ? { name, type: "folder", modified: new Date(time) }
-        : { name, type: "file", size, modified: new Date(time) }
-    );
-    return { type: "application/json", headers, body: JSON.stringify(list, null, 1) + "\n" };
-  }
-  return { type: "text/html", headers, body: listingHtml(segments, shown, count, asked, query.get("charset")) };
+  return (accepted.get("application/json") ?? 0) > (accepted.get("text/html") ?? 0);
 }
 
-/** What is in a folder: the names, sorted, and which of them are symbolic links. */
+function describeForPrograms({ name, isFolder, size, time }: FolderEntry) {
+  const modified = new Date(time);
+  return isFolder ? { name, type: "folder", modified } : { name, type: "file", size, modified };
+}
+
+/** The entries of one page, and how many the folder has, which was reached without a link. Throws 404 or 503. */
+async function readPage(server: HttpServer, path: string, asked: ListingQuery) {
+  const site = server.site();
+  for (let attempt = 0; attempt < LISTING_ATTEMPTS; attempt++) {
+    const folder = statOf(path), listed = await readFolder(server, site, path).catch(absence);
+    if (folder === undefined || listed === undefined) throw new HttpError(404, "Nothing is here any more");
+    const entries = await describePage(server, site, path, listed, asked);
+    // Whoever swaps the folder for a link must not have us tell what is elsewhere.
+    const shown = entries.filter(({ name }) => !listed.links.has(name));
+    const isShown = (found: Deno.FileInfo) => {
+      const entry = shown[Math.floor(Math.random() * shown.length)], info = entry && statOf(entry.real);
+      return entry === undefined ? isSameFile(found, folder) : info !== undefined && isSameFile(info, entry.info);
+    };
+    const count = listed.folders.length + listed.files.length;
+    if (server.settings.followLinks || isReached(path, isShown)) return { entries, count };
+  }
+  throw new HttpError(503, "What is in this folder is changing", [["Retry-After", "1"]]);
+}
+
+/** The names in a folder, sorted, and the entries that are symbolic links, described. */
 interface Listed {
-  readonly names: string[];
-  readonly links: ReadonlySet<string>;
+  readonly folders: readonly string[];
+  readonly files: readonly string[];
+  readonly links: ReadonlyMap<string, FolderEntry>;
 }
 
-/** Names in a folder that contain what is searched for; links that lead out of ROOT are told apart later. */
-async function listNames(server: HttpServer, path: string, search: string): Promise<Listed> {
-  const names: string[] = [], links = new Set<string>(), wanted = search.normalize().toLowerCase();
-  for await (const { name, isSymlink } of Deno.readDir(path)) {
+/** What is in a folder, and may be shown. */
+async function readFolder(server: HttpServer, site: Site, path: string): Promise<Listed> {
+  const folders: string[] = [], files: string[] = [], links = new Map<string, FolderEntry>();
+  let count = 0, unreadable = 0;
+  for await (const { name, isFile, isDirectory, isSymlink } of Deno.readDir(path)) {
     if (!server.settings.dotfiles && name.startsWith(".")) continue;
-    if (wanted !== "" && !name.normalize().toLowerCase().includes(wanted)) continue;
-    names.push(name);
-    if (isSymlink) links.add(name);
+    // Links may lead anywhere: only a look tells. Other names are looked at when they are shown.
+    const entry = isSymlink ? describeEntry(server, site, path, name, true) : undefined;
+    if (isSymlink && ++count % LISTING_SLICE === 0) await new Promise((resolve) => setTimeout(resolve));
+    if (name.includes("\ufffd") && statOf(pathBelow({ ...site, path }, name)) === undefined) unreadable++;
+    else if (isDirectory || entry?.isFolder) folders.push(name);
+    else if (isFile || entry !== undefined) files.push(name);
+    if (entry !== undefined) links.set(name, entry);
   }
-  return { names: names.sort(), links };
+  if (unreadable > 0) {
+    server.log.line(`names that are not UTF-8 cannot be served: ${unreadable} in ${path} (convmv renames them)`);
+  }
+  return { folders: await sortNames(folders), files: await sortNames(files), links };
+}
+
+const collator = lazily(() => new Intl.Collator(undefined, { numeric: true, sensitivity: "base" }));
+
+/** Sorts names as people do: numbers by value, case aside. Others get their turn meanwhile. */
+async function sortNames(names: string[]): Promise<string[]> {
+  names.sort();
+  if (names.length > COLLATED) return names;
+  const { compare } = collator();
+  let runs: string[][] = [];
+  for (let at = 0; at < names.length; at += LISTING_SLICE) runs.push(names.slice(at, at + LISTING_SLICE).sort(compare));
+  while (runs.length > 1) {
+    const merged: string[][] = [];
+    for (let i = 0; i < runs.length; i += 2) {
+      await new Promise((resolve) => setTimeout(resolve));
+      merged.push(mergeSorted(runs[i]!, runs[i + 1] ?? [], compare));
+    }
+    runs = merged;
+  }
+  return runs[0] ?? [];
+}
+
+function mergeSorted(a: readonly string[], b: readonly string[], compare: (a: string, b: string) => number): string[] {
+  const merged: string[] = [];
+  let i = 0, j = 0;
+  while (i < a.length && j < b.length) merged.push(compare(a[i]!, b[j]!) <= 0 ? a[i++]! : b[j++]!);
+  return merged.concat(a.slice(i), b.slice(j));
 }
 
 /** The entries of one page. Only an order by size or time needs to look at all of them. */
-async function describeEntries(
-  server: HttpServer,
-  site: Site,
-  path: string,
-  listed: Listed,
-  asked: ListingQuery,
-): Promise<ListingEntry[]> {
-  const { sort, descending, page } = asked, { names, links } = listed, first = (page - 1) * LISTING_PAGE;
-  const onPage = <T>(list: T[]) => (descending ? list.reverse() : list).slice(first, first + LISTING_PAGE);
-  const looked = sort === "name" ? onPage(names) : names, entries: ListingEntry[] = [];
-  for (const [i, name] of looked.entries()) {
+async function describePage(server: HttpServer, site: Site, path: string, listed: Listed, asked: ListingQuery) {
+  const { sort, descending, page } = asked, { folders, files, links } = listed, entries: FolderEntry[] = [];
+  const onPage = <T>(list: readonly T[]) => list.slice((page - 1) * LISTING_PAGE, page * LISTING_PAGE);
+  const names = [folders, files].flatMap((names) => sort === "name" && descending ? names.toReversed() : names);
+  for (const [i, name] of (sort === "name" ? onPage(names) : names).entries()) {
     if (i % LISTING_SLICE === LISTING_SLICE - 1) await new Promise((resolve) => setTimeout(resolve));
-    const entry = describeEntry(server, site, pathBelow({ ...site, path }, name), name, links.has(name));
+    const entry = links.get(name) ?? describeEntry(server, site, path, name, false);
     if (entry !== undefined) entries.push(entry);
   }
-  return sort === "name" ? entries : onPage(entries.sort((a, b) => a[sort] - b[sort]));
+  if (sort === "name") return entries;
+  const sign = descending ? -1 : 1;
+  return onPage(entries.sort((a, b) => Number(b.isFolder) - Number(a.isFolder) || sign * (a[sort] - b[sort])));
 }
 
-/** A file or folder of a listing; undefined for what is neither, is gone, or lies outside ROOT. */
+/** A file or folder of a listing; undefined for what is neither, is gone, is hidden, or lies outside ROOT. */
 function describeEntry(
   server: HttpServer,
   site: Site,
-  path: string,
+  folder: string,
   name: string,
   isLink: boolean,
-): ListingEntry | undefined {
+): FolderEntry | undefined {
   try {
-    const real = isLink ? Deno.realPathSync(path) : path;
+    const path = pathBelow({ ...site, path: folder }, name), real = isLink ? Deno.realPathSync(path) : path;
     if (isLink && (!isInside(server, site, real) || isHidden(server, namesBelow(site, real)))) return undefined;
-    const { isFile, isDirectory, size, mtime } = Deno.statSync(path);
-    if (!isFile && !isDirectory) return undefined;
-    return { name, isFolder: isDirectory, size: isDirectory ? 0 : size, time: mtime?.getTime() ?? 0 };
+    return entryOf(name, real, Deno.lstatSync(real));
   } catch {
     return undefined;
   }
 }
 
+function entryOf(name: string, real: string, info: Deno.FileInfo): FolderEntry | undefined {
+  const { isFile, isDirectory: isFolder, size, mtime } = info;
+  if (!isFile && !isFolder) return undefined;
+  return { name, real, info, isFolder, size: isFolder ? 0 : size, time: mtime?.getTime() || 0 };
+}
+
 function listingHtml(
-  segments: readonly string[],
-  entries: readonly ListingEntry[],
-  count: number,
-  { search, sort, descending, page }: ListingQuery,
-  charset: string | null,
+  exchange: Exchange,
+  { segments }: FolderFound,
+  entries: readonly FolderEntry[],
+  { sort, descending, page, count, pages }: ListingQuery & { readonly count: number; readonly pages: number },
 ): string {
-  const kept: Record<string, string> = charset === null ? {} : { charset };
-  const queryOf = (more: Record<string, string>) => escapeMarkup(new URLSearchParams({ ...kept, ...more }).toString());
-  const here = { ...(search && { q: search, _charset_: "utf-8" }) };
-  const order: Record<string, string> = { ...here, ...(sort !== "name" && { sort }), ...(descending && { desc: "" }) };
+  const suffix = keptQuery(exchange, {}),
+    order = sort === "name" && !descending ? {} : { sort: (descending ? "-" : "") + sort };
+  // Buttons, and not links: a program that follows all links would fetch each folder in each order.
   const column = (title: string, key: ListingQuery["sort"]) => {
-    const current = sort === key, turned = current && !descending;
+    const current = sort === key, value = current && !descending ? `-${key}` : key;
     const direction = current ? ` aria-sort="${descending ? "descending" : "ascending"}"` : "";
-    return `<th scope="col"${key === "size" ? ' class="number"' : ""}${direction}><a href="?${
-      queryOf({ ...here, sort: key, ...(turned && { desc: "" }) })
-    }">${title}</a>`;
+    return `<th scope="col"${
+      key === "size" ? ' class="number"' : ""
+    }${direction}><button name="sort" value="${value}">${
+      current ? `${title} <span aria-hidden="true">${descending ? "↓" : "↑"}</span>` : title
+    }</button>`;
   };
-  const suffix = charset === null ? "" : `?${queryOf({})}`;
+  const rows = entries.map(({ name, isFolder, size, time }) =>
+    `<tr><td class="text"><a href="${encodeURIComponent(name)}${isFolder ? "/" : ""}${suffix}" dir="auto">${
+      escapeMarkup(name)
+    }${isFolder ? "/" : ""}</a></td><td class="number">${sizeHtml(isFolder, size)}</td><td>${timeHtml(time)}</td></tr>`
+  );
+  const link = (number: number, text: string) =>
+    `<a href="${keptQuery(exchange, { ...order, ...(number > 1 && { page: String(number) }) }) || "./"}">${text}</a>`;
+  return pageHtml(
+    titleOf(exchange, segments),
+    `${headerHtml(exchange, segments)}
+<main>${searchHtml(exchange, { words: [], text: "", inText: false })}
+<form>${keptFields(exchange)}<table><thead><tr>${column("Name", "name")}${column("Size", "size")}${
+      column('Modified<span class="clock"> (UTC)</span>', "time")
+    }</thead>
+<tbody>${rows.join("\n")}</tbody></table></form>
+<nav aria-label="Pages"><span class="soft">${count} ${count === 1 ? "entry" : "entries"}${
+      pages > 1 ? `, page ${page} of ${pages}` : ""
+    }</span>${page > 1 ? link(page - 1, "Previous page") : ""}${
+      page < pages ? link(page + 1, "Next page") : ""
+    }</nav></main>`,
+  );
+}
+
+/** What a tab shows: the folder's own name first, since there is little room. */
+function titleOf({ authority }: Exchange, segments: readonly string[]): string {
+  return [segments.at(-1), authority].filter(Boolean).join(" – ") || "/";
+}
+
+/** Where a page is: links to the folders above. */
+function headerHtml(exchange: Exchange, segments: readonly string[], isBelow = false): string {
+  const suffix = keptQuery(exchange, {});
   const crumbs = ["/", ...segments].map((name, i) => {
     const up = segments.length - i;
-    return up === 0 ? escapeMarkup(name) : `<a href="${"../".repeat(up)}${suffix}">${escapeMarkup(name)}</a>`;
+    if (up === 0 && !isBelow) return escapeMarkup(name);
+    return `<a href="${"../".repeat(up) || "./"}${suffix}" dir="auto">${escapeMarkup(name)}</a>`;
   });
-  const rows = entries.map(({ name, isFolder, size, time }) => {
-    const slash = isFolder ? "/" : "", date = new Date(time).toISOString();
-    return `<tr><td class="text"><a href="${encodeURIComponent(name)}${slash}${suffix}" dir="auto">${
-      escapeMarkup(name)
-    }${slash}</a></td><td class="number">${
-      isFolder ? "" : `<span title="${size} bytes">${formatSize(size)}</span>`
-    }</td><td><time datetime="${date}">${date.slice(0, 16).replace("T", " ")}</time></td></tr>`;
-  });
-  const link = (number: number, text: string) =>
-    `<a href="?${queryOf({ ...order, page: String(number) })}">${text}</a>`;
-  const pages = [
-    page > 1 && link(page - 1, "Previous page"),
-    page * LISTING_PAGE < count && link(page + 1, "Next page"),
-  ];
-  const title = "/" + segments.map((name) => name + "/").join("");
-  return pageHtml(
-    title,
-    `<header><nav aria-label="Folders"><h1>${crumbs.join(" ")}</h1></nav></header>
-<main><form class="search" role="search"><input type="hidden" name="_charset_">${
-      Object.entries(kept).map(([name, value]) => `<input type="hidden" name="${name}" value="${escapeMarkup(value)}">`)
-        .join("")
-    }<label>Search <input type="search" name="q" value="${escapeMarkup(search)}"></label><button>Search</button></form>
-<p class="soft">${count} ${count === 1 ? "entry" : "entries"}${
-      search && ` with “${escapeMarkup(search)}” in the name`
-    }</p>
-<div class="scroll"><table><thead><tr>${column("Name", "name")}${column("Size", "size")}${
-      column("Modified (UTC)", "time")
-    }</thead>
-<tbody>${rows.join("\n")}</tbody></table></div>
-<nav aria-label="Pages">${pages.filter(Boolean).join(" ")}</nav></main>`,
-  );
+  return `<header><nav aria-label="Folders"><h1>${crumbs.join(" ")}</h1></nav></header>`;
+}
+
+/** A query that keeps the charset that the request asked for; empty if there is nothing in it. */
+function keptQuery({ query }: Exchange, more: Readonly<Record<string, string>>): string {
+  const charset = query.get("charset");
+  const kept = new URLSearchParams({ ...(charset !== null && { charset }), ...more }).toString();
+  return kept && `?${escapeMarkup(kept)}`;
+}
+
+/** The same for a form. */
+function keptFields({ query }: Exchange): string {
+  const charset = query.get("charset");
+  return charset === null ? "" : `<input type="hidden" name="charset" value="${escapeMarkup(charset)}">`;
+}
+
+function sizeHtml(isFolder: boolean, size: number): string {
+  return isFolder ? "" : `<span title="${size} bytes">${formatSize(size)}</span>`;
+}
+
+/** A time in UTC; where there is little room, the day. */
+function timeHtml(time: number): string {
+  const date = new Date(time).toISOString(), [, day, clock] = /^(.*)T(\d\d:\d\d)/.exec(date)!;
+  return `<time datetime="${date}">${day}<span class="clock"> ${clock}</span></time>`;
 }
 
 /** A size for people: three digits or so. */
@@ -4902,6 +5008,461 @@ function formatSize(size: number): string {
   return power === 0
     ? `${size} B`
     : `${(size / 1024 ** power).toPrecision(3)} ${["B", "KiB", "MiB", "GiB", "TiB"][power]}`;
+}
+
+// ── Search ───────────────────────────────────────────────────────────────────────────────────────
+// Words are looked for in the names below a folder and, if asked, in what files say, each read in its own charset.
+// What is compared is folded: one form of Unicode, no case, no width. A search goes on in short steps, tells what it
+// finds at once, and ends by itself: when all is seen, when that is enough or takes too long, or when nobody listens.
+
+/** Most that a search asks for, in UTF-16 code units and in words. */
+const QUERY_LENGTH = 200, QUERY_WORDS = 10;
+/** Most that it shows, and longest that it goes on, in milliseconds. */
+const SEARCH_RESULTS = 1000, SEARCH_TIME = 10_000;
+/** Larger files are passed over, in bytes. */
+const SEARCHED_FILE = 16 * 1024 * 1024;
+/** Text is read and looked at in pieces of this size, in bytes. */
+const SEARCHED_PIECE = 64 * 1024;
+/** Most searches at once, and longest that the next one waits, in milliseconds. */
+const SEARCHES = 2, SEARCH_PATIENCE = 5000;
+/** Results leave together that are found in this time; after that much silence, something does, in milliseconds. */
+const SEARCH_PACE = 100, SEARCH_SILENCE = 1000;
+/** What is shown of a line, and what of that stands before the first word, in UTF-16 code units. */
+const SNIPPET_LENGTH = 160, SNIPPET_START = 40;
+/** What is looked at again of a line that is longer than a piece: a word may stand on both sides of the cut. */
+const LINE_OVERLAP = 2048;
+
+/** What is looked for. */
+interface SearchQuery {
+  /** As it was typed. */
+  readonly text: string;
+  /** Its words, folded: all of them must occur. */
+  readonly words: readonly string[];
+  /** Whether in the text of files, too. */
+  readonly inText: boolean;
+}
+
+/** A search that goes on: what it is about, and what it has seen. */
+interface Search {
+  readonly server: HttpServer;
+  readonly site: Site;
+  readonly words: readonly string[];
+  readonly inText: boolean;
+  readonly started: number;
+  names: number;
+  /** Whose text was looked at. */
+  files: number;
+  bytes: number;
+  /** Passed over, since they are too large. */
+  large: number;
+  results: number;
+}
+
+/** Something found, where it is below the folder, and the line of its text. */
+interface Hit {
+  readonly path: readonly string[];
+  readonly entry: FolderEntry;
+  readonly line?: TextLine | undefined;
+}
+
+/** A line of a text, or what is around the words in it. */
+interface TextLine {
+  readonly number: number;
+  readonly text: string;
+}
+
+function readSearch(query: URLSearchParams): SearchQuery {
+  const text = query.get("q") ?? "", words = [...new Set(fold(text.trim()).split(/\s+/))].filter(Boolean);
+  if (text.length > QUERY_LENGTH || words.length > QUERY_WORDS) {
+    throw new HttpError(400, `A search is ${QUERY_WORDS} words and ${QUERY_LENGTH} characters at most`);
+  }
+  return { text, words, inText: query.get("text") === "1" };
+}
+
+/** The answer to a search: it is made, and sent, while the search goes on. */
+function searchMessage(exchange: Exchange, folder: FolderFound, query: SearchQuery): StreamMessage {
+  const isJson = prefersJson(exchange), charset = isJson ? "utf-8" : exchange.charset;
+  const type = contentType(isJson ? "application/json" : "text/html", charset, exchange.server.settings.declare);
+  const fields: Field[] = [["Content-Type", type], ...Object.entries(PAGE_FIELDS)];
+  if (!isJson) addVary(fields, "Accept-Charset");
+  const search = { server: exchange.server, site: exchange.server.site(), ...query };
+  const form = isJson ? jsonResults() : pageResults(exchange, folder, query);
+  const read = () => searchPieces(search, folder.path, form, charset);
+  return { status: 200, fields, charset, isListing: true, content: { length: undefined, read } };
+}
+
+/** How results are written: what stands before them, each of them, and what stands behind. */
+interface ResultForm {
+  readonly start: string;
+  readonly result: (hit: Hit, number: number) => string;
+  readonly end: (search: Search) => string;
+}
+
+/** The bytes of an answer, as they come. */
+async function* searchPieces(
+  asked: Pick<Search, "server" | "site" | "words" | "inText">,
+  folder: string,
+  form: ResultForm,
+  charset: string,
+): AsyncGenerator<Uint8Array> {
+  using _ = await searchTurn();
+  const search: Search = { ...asked, started: performance.now(), names: 0, files: 0, bytes: 0, large: 0, results: 0 };
+  const encoded = (text: string) => encodeText(text, charset, "html").bytes;
+  yield encoded(form.start);
+  let text = "", told = performance.now() - SEARCH_PACE;
+  for await (const hit of searchBelow(search, folder)) {
+    if (hit !== undefined) text += form.result(hit, search.results++);
+    const now = performance.now();
+    if (now - told < (text === "" ? SEARCH_SILENCE : SEARCH_PACE)) continue;
+    // White space says nothing, but whether the client is still there.
+    yield encoded(text || "\n");
+    [text, told] = ["", now];
+  }
+  yield encoded(text + form.end(search));
+}
+
+let searches = 0;
+/** Those that wait for one to end. */
+const searchQueue: (() => void)[] = [];
+
+/** Waits until there are not too many searches. Throws 503. */
+async function searchTurn(): Promise<Disposable> {
+  if (searches < SEARCHES) searches++;
+  else {
+    const { promise, resolve, reject } = Promise.withResolvers<void>();
+    const timer = setTimeout(() => {
+      searchQueue.splice(searchQueue.indexOf(take), 1);
+      reject(new HttpError(503, "Other searches are under way", [["Retry-After", "5"]]));
+    }, SEARCH_PATIENCE);
+    const take = () => {
+      clearTimeout(timer);
+      resolve();
+    };
+    searchQueue.push(take);
+    await promise;
+  }
+  const next = () => {
+    const take = searchQueue.shift();
+    if (take === undefined) searches--;
+    else take();
+  };
+  return { [Symbol.dispose]: next };
+}
+
+function stopReason({ results, started }: Search): string | undefined {
+  if (results >= SEARCH_RESULTS) return `more than ${SEARCH_RESULTS} results are not shown`;
+  if (performance.now() - started >= SEARCH_TIME) return `no search takes more than ${SEARCH_TIME / 1000} s`;
+  return undefined;
+}
+
+/**
+ * Looks at all that is below a folder, the nearest first. Yields what is found; and undefined in between, so that
+ * whoever asks can say that it goes on. Each folder is looked into once, whatever links lead to it.
+ */
+async function* searchBelow(search: Search, root: string): AsyncGenerator<Hit | undefined> {
+  const { server, site } = search, folders = new Map<string, readonly string[]>([[root, []]]);
+  for (const [real, path] of folders) {
+    // What cannot be read is passed over.
+    const listed = await readFolder(server, site, real).catch(() => undefined);
+    if (listed === undefined) continue;
+    for (const [i, name] of [...listed.folders, ...listed.files].entries()) {
+      if (stopReason(search) !== undefined) return;
+      if (++search.names % LISTING_SLICE === 0) await new Promise((resolve) => setTimeout(resolve));
+      const link = listed.links.get(name), below = [...path, name];
+      const found = link?.real ?? pathBelow({ ...site, path: real }, name);
+      if (i < listed.folders.length && !folders.has(found)) folders.set(found, below);
+      const hit = search.inText && i >= listed.folders.length ? await searchText(search, found, name) : undefined;
+      if (hit === undefined && !hasAll(fold(name), search.words)) yield undefined;
+      else {
+        const entry = hit?.entry ?? link ?? describeEntry(server, site, real, name, false);
+        yield entry && isThere(server, entry) ? { path: below, entry, line: hit?.line } : undefined;
+      }
+    }
+  }
+}
+
+/** Whether something found is in its place, and no link led there while it was looked at. */
+function isThere({ settings }: HttpServer, { real, info }: FolderEntry): boolean {
+  return settings.followLinks || isReached(real, (found) => isSameFile(found, info));
+}
+
+function hasAll(folded: string, words: readonly string[]): boolean {
+  return words.every((word) => folded.includes(word));
+}
+
+/** The line of a file's text that has most of the words, if all of them are in the text. */
+async function searchText(search: Search, path: string, name: string) {
+  const { type } = typeOfName(name, search.server.settings.type);
+  // What is no text by its name is not even opened.
+  if (type !== undefined && type !== "video/mp2t" && charsetRule(type) === "none") return undefined;
+  using file = await openInTime(path).catch(() => undefined);
+  const info = await file?.stat(), entry = info && entryOf(name, path, info);
+  if (file === undefined || entry === undefined || entry.isFolder) return undefined;
+  if (entry.size > SEARCHED_FILE) search.large++;
+  const line = entry.size > SEARCHED_FILE ? undefined : await findLine(search, file, entry);
+  return line && { entry, line };
+}
+
+/** What the place of a file that nobody asked for is found by. */
+const NO_EVIDENCE: Evidence = { key: "", places: new Cache(0), looks: [], since: 0, looked: 0, changed: 0 };
+
+async function findLine(
+  search: Search,
+  file: Deno.FsFile,
+  { name, real, info }: FolderEntry,
+): Promise<TextLine | undefined> {
+  const sample = new Uint8Array(Math.min(info.size, BUFFERED_LIMIT)), length = await readFully(file, sample);
+  const found = describeFile(real, name, info, NO_EVIDENCE);
+  const nature = await natureOf(search.server, found, sample.subarray(0, length));
+  if (nature.coding !== undefined || charsetRule(nature.type) === "none") return undefined;
+  search.files++;
+  const scan: Scan = { missing: new Set(search.words), lines: 0, line: undefined, most: 0 };
+  for await (const block of blocksOf(search, piecesOf(file, info.size, sample.subarray(0, length)), nature)) {
+    scanBlock(search.words, scan, block);
+    if (scan.missing.size === 0) return scan.line;
+    if (stopReason(search) !== undefined) break;
+  }
+  return undefined;
+}
+
+/** A file from its beginning, of which all is there already if it is small. Others get their turn at each piece. */
+async function* piecesOf(file: Deno.FsFile, size: number, sample: Uint8Array): AsyncGenerator<Uint8Array> {
+  if (size <= SEARCHED_PIECE) return yield sample;
+  await file.seek(0, Deno.SeekMode.Start);
+  const buffer = new Uint8Array(SEARCHED_PIECE);
+  for (let left = size, count; left > 0 && (count = await file.read(buffer)) !== null; left -= count) {
+    yield buffer.subarray(0, Math.min(left, count));
+  }
+}
+
+/** Text in blocks of whole lines, or of the pieces of a long one, which overlap: no word is cut. */
+async function* blocksOf(
+  search: Search,
+  pieces: AsyncIterable<Uint8Array>,
+  { type, encoding }: Nature,
+): AsyncGenerator<string> {
+  // ASCII is ASCII, in whatever it is.
+  const decoder = new TextDecoder(encoding ?? "windows-1252");
+  const visible = MARKUP_TYPE.test(type) ? markupReader() : (text: string) => text;
+  let rest = "";
+  for await (const piece of pieces) {
+    search.bytes += piece.length;
+    const text = rest + visible(decoder.decode(piece, { stream: true }), false), end = text.lastIndexOf("\n") + 1;
+    yield end > 0 ? text.slice(0, end) : text;
+    rest = end > 0 ? text.slice(end) : text.slice(-LINE_OVERLAP);
+  }
+  yield rest + visible(decoder.decode(), true);
+}
+
+/** How far the search in one text got. */
+interface Scan {
+  /** Words that were not met yet. */
+  readonly missing: Set<string>;
+  /** How many lines are behind us. */
+  lines: number;
+  /** The first line with most of the words, and how many it has. */
+  line: TextLine | undefined;
+  most: number;
+}
+
+function scanBlock(words: readonly string[], scan: Scan, block: string): void {
+  const folded = fold(block);
+  for (const word of scan.missing) {
+    const at = folded.indexOf(word);
+    if (at < 0) continue;
+    scan.missing.delete(word);
+    // Folding leaves lines as they are.
+    const start = folded.lastIndexOf("\n", at) + 1, index = countLines(folded.slice(0, start));
+    const line = lineOf(block, index), whole = fold(line), most = words.filter((word) => whole.includes(word)).length;
+    if (most <= scan.most) continue;
+    scan.most = most;
+    scan.line = { number: scan.lines + index + 1, text: excerpt(line, at - start) };
+  }
+  scan.lines += countLines(block);
+}
+
+function countLines(text: string): number {
+  let count = 0;
+  for (let at = text.indexOf("\n"); at >= 0; at = text.indexOf("\n", at + 1)) count++;
+  return count;
+}
+
+function lineOf(text: string, index: number): string {
+  let start = 0;
+  for (let i = 0; i < index; i++) start = text.indexOf("\n", start) + 1;
+  const end = text.indexOf("\n", start);
+  return end < 0 ? text.slice(start) : text.slice(start, end);
+}
+
+/** What is shown of a line: what is around an index of its folded text. */
+function excerpt(line: string, index: number): string {
+  // Folding keeps the order of characters, but not their number: where is that in the line itself?
+  let low = 0, high = line.length;
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (fold(line.slice(0, middle + 1)).length > index) high = middle;
+    else low = middle + 1;
+  }
+  const start = Math.max(0, Math.min(low - SNIPPET_START, line.length - SNIPPET_LENGTH)), end = start + SNIPPET_LENGTH;
+  const cut = line.slice(start, end).replace(/^[\udc00-\udfff]|[\ud800-\udbff]$/g, "");
+  return (start > 0 ? "…" : "") + cut.replace(/[\s\p{Cc}]+/gu, " ").trim() + (end < line.length ? "…" : "");
+}
+
+/** One form for all texts that are the same but for case, width, and the form of Unicode (UAX 15, NFKC). */
+function fold(text: string): string {
+  // By way of capitals ß is ss, and dotless i is i; the other s of Greek, and the dot of a capital İ, are left.
+  return text.normalize("NFKC").toUpperCase().toLowerCase().replaceAll("ς", "σ").replaceAll("i\u0307", "i");
+}
+
+/** Elements that end no word. */
+const INLINE_ELEMENTS: ReadonlySet<string> = new Set(
+  `a abbr b bdi bdo big cite code del dfn em font i ins kbd mark nobr q rb ruby s samp small span strike strong sub sup
+  tt u var wbr`.split(/\s+/),
+);
+
+/** What is no text in HTML and XML, or stands for a character. What ends with an empty group may go on behind its end. */
+const MARKUP_TOKEN = new RegExp(
+  [
+    /<!\[CDATA\[|\]\]>/,
+    /<!--[^]*?(?:-->|(?<comment>$))/,
+    /<(?<hidden>script|style)(?![\w:.\-])(?:[^>]*\/>|[^]*?(?:<\/\k<hidden>\s*>|(?<script>$)))/,
+    /<\/?(?<name>[a-z][^\s\/>]*)(?:[^>"'=]+|=\s*(?:"[^"]*(?:"|$)|'[^']*(?:'|$))?|["'])*(?:>|(?<tag>$))/,
+    /<(?:[!?\/][^>]*(?:>|(?<other>$))|(?<bare>$))/,
+    /&(?:#(?<decimal>\d{1,7})|#x(?<hex>[0-9a-f]{1,6})|(?<entity>[a-z][a-z0-9]{1,7}));|&[#\w]{0,9}(?<reference>$)/,
+  ].map(({ source }) => source).join("|"),
+  "gi",
+);
+
+/** The text of markup that comes in pieces: what readers see of it, with as many lines as before. */
+function markupReader(): (piece: string, isLast: boolean) => string {
+  let rest = "";
+  return (piece, isLast) => {
+    const whole = rest + piece;
+    rest = "";
+    return whole.replace(MARKUP_TOKEN, (token: string, ...matched) => {
+      const groups = matched.at(-1) as Readonly<Record<string, string | undefined>>;
+      const { comment, script, tag, other, bare, reference } = groups;
+      const isCut = [comment, script, tag, other, bare, reference].includes("");
+      if (!isCut) return meaningOf(token, groups);
+      if (isLast) return reference === undefined ? "" : token;
+      // What is very long is told by its beginning and its end.
+      const isLong = token.length > SEARCHED_PIECE, skipped = isLong ? token.slice(64, -64) : "";
+      rest = isLong ? token.slice(0, 64) + token.slice(-64) : token;
+      return "\n".repeat(countLines(skipped));
+    });
+  };
+}
+
+/** The characters that a token of markup stands for: white space, where it separates what is around it. */
+function meaningOf(
+  token: string,
+  { decimal, hex, entity, name }: Readonly<Record<string, string | undefined>>,
+): string {
+  if (entity !== undefined) return entities().get(entity) ?? token;
+  const codePoint = decimal !== undefined ? Number(decimal) : hex !== undefined ? parseInt(hex, 16) : undefined;
+  if (codePoint !== undefined) return codePoint > 0x10ffff ? "\ufffd" : String.fromCodePoint(codePoint).toWellFormed();
+  const lines = "\n".repeat(countLines(token));
+  return name !== undefined && INLINE_ELEMENTS.has(name.toLowerCase()) ? lines : lines || " ";
+}
+
+/** HTML §13.5: the names that pages have been written with; those from U+00A0 to U+00FF in that order. */
+const entities = lazily((): ReadonlyMap<string, string> => {
+  const latin = `nbsp iexcl cent pound curren yen brvbar sect uml copy ordf laquo not shy reg macr deg plusmn sup2 sup3
+    acute micro para middot cedil sup1 ordm raquo frac14 frac12 frac34 iquest Agrave Aacute Acirc Atilde Auml Aring AElig
+    Ccedil Egrave Eacute Ecirc Euml Igrave Iacute Icirc Iuml ETH Ntilde Ograve Oacute Ocirc Otilde Ouml times Oslash
+    Ugrave Uacute Ucirc Uuml Yacute THORN szlig agrave aacute acirc atilde auml aring aelig ccedil egrave eacute ecirc
+    euml igrave iacute icirc iuml eth ntilde ograve oacute ocirc otilde ouml divide oslash ugrave uacute ucirc uuml
+    yacute thorn yuml`.split(/\s+/).map((name, i): [string, string] => [name, String.fromCharCode(0xa0 + i)]);
+  const others =
+    "amp& lt< gt> quot\" apos' ndash– mdash— lsquo‘ rsquo’ ldquo“ rdquo” hellip… bull• euro€ OElig\u0152 " +
+    "oelig\u0153 Scaron\u0160 scaron\u0161 Yuml\u0178";
+  return new Map([...latin, ...others.split(" ").map((each): [string, string] => [each.slice(0, -1), each.at(-1)!])]);
+});
+
+/** Results for programs. */
+function jsonResults(): ResultForm {
+  const result = ({ path, entry, line }: Hit, number: number) => {
+    const { name, ...described } = describeForPrograms(entry);
+    const found = { path: path.join("/"), name, ...described, ...(line && { line: line.number, snippet: line.text }) };
+    return `${number > 0 ? "," : ""}\n ${JSON.stringify(found)}`;
+  };
+  return { start: "[", result, end: () => "\n]\n" };
+}
+
+/** Results for people. */
+function pageResults(exchange: Exchange, { segments }: FolderFound, query: SearchQuery): ResultForm {
+  const suffix = keptQuery(exchange, {}), list = '<ol class="results" aria-label="Results">';
+  const [start, end] = pageHtml(
+    `${query.text} – ${titleOf(exchange, segments)}`,
+    `${headerHtml(exchange, segments, true)}
+<main>${searchHtml(exchange, query)}
+<p class="soft running">Results are shown as they are found. The last line says when the search is over.</p>
+${list}</ol>
+</main>`,
+  ).split(list) as [string, string];
+  return {
+    start: start + list,
+    result: (hit) => resultHtml(hit, query.words, suffix),
+    end: (search) => end.replace("</ol>", () => `</ol>\n<p class="over" role="status">${summary(search)}</p>`),
+  };
+}
+
+function resultHtml({ path, entry, line }: Hit, words: readonly string[], suffix: string): string {
+  const links = path.map((name, i) => {
+    const isLast = i === path.length - 1, slash = isLast && !entry.isFolder ? "" : "/";
+    const href = path.slice(0, i + 1).map(encodeURIComponent).join("/") + slash + suffix;
+    return `<a href="${href}" dir="auto">${isLast ? markWords(name, words) : escapeMarkup(name)}${slash}</a>`;
+  });
+  const size = entry.isFolder ? "" : `${sizeHtml(false, entry.size)}, `;
+  const shown = line && `\n<p><small>Line ${line.number}</small> <bdi>${markWords(line.text, words)}</bdi></p>`;
+  return `<li><p>${links.join(" ")} <small>${size}${timeHtml(entry.time)}</small></p>${shown ?? ""}</li>\n`;
+}
+
+/** What a search has seen, and why it ended before its end. */
+function summary(search: Search): string {
+  const { results, names, files, bytes, large, inText, started } = search, reason = stopReason(search);
+  const count = (number: number, noun: string) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
+  const text = inText ? `, and ${formatSize(bytes)} of text in ${count(files, "file")},` : "";
+  const time = ((performance.now() - started) / 1000).toFixed(1);
+  return `${results === 0 ? "Nothing was found" : count(results, "result")}: ${
+    count(names, "name")
+  }${text} were looked at in ${time} s.${reason === undefined ? "" : ` <strong>It stopped early: ${reason}.</strong>`}${
+    large === 0 ? "" : ` Passed over, since larger than ${formatSize(SEARCHED_FILE)}: ${count(large, "file")}.`
+  }`;
+}
+
+/** Characters that are one when they are folded: with the marks that follow, and the syllables of Hangul. */
+const CLUSTER = /[^][\p{M}\uff9e\uff9f\u1160-\u11ff\u314f-\u3163]*/gu;
+
+/** Text as markup, the words in it marked. */
+function markWords(text: string, words: readonly string[]): string {
+  const clusters = text.match(CLUSTER) ?? [], owners: number[] = [];
+  let folded = "";
+  for (const [i, cluster] of clusters.entries()) {
+    folded += fold(cluster);
+    while (owners.length < folded.length) owners.push(i);
+  }
+  const isMarked = new Set<number>();
+  for (const word of words) {
+    for (let at = folded.indexOf(word); at >= 0; at = folded.indexOf(word, at + 1)) {
+      for (let i = at; i < at + word.length; i++) isMarked.add(owners[i]!);
+    }
+  }
+  const marked = clusters.map((cluster, i) =>
+    isMarked.has(i) ? `<mark>${escapeMarkup(cluster)}</mark>` : escapeMarkup(cluster)
+  );
+  return marked.join("").replaceAll("</mark><mark>", "");
+}
+
+/** The search box of every listing. What is typed comes in the charset of the page, and `_charset_` says which. */
+function searchHtml(exchange: Exchange, { text, inText }: SearchQuery): string {
+  return `<form class="search" role="search"><input type="hidden" name="_charset_">${keptFields(exchange)}
+<label>Search below this folder <input type="search" name="q" maxlength="${QUERY_LENGTH}" value="${
+    escapeMarkup(text)
+  }"></label>
+<label class="tick"><input type="checkbox" name="text" value="1"${
+    inText ? " checked" : ""
+  }> also in the text of files</label> <button>Search</button></form>`;
 }
 
 // ── The lab ──────────────────────────────────────────────────────────────────────────────────────
@@ -5043,7 +5604,7 @@ function labHtml(experiment: Experiment): string {
     !(LABELS.includes(declare) && encodingOf(declare) === charset);
   const shownDeclare = falsely ? ` and declared as <strong>${escapeMarkup(declare)}</strong>` : "";
   const truth = `<p class="notice"><a href="?${
-    labQuery({ text: excerpt(text), charset })
+    labQuery({ text: shownPart(text), charset })
   }">Declare the true charset again</a></p>`;
   return pageHtml(
     `charserve: ${charset}`,
@@ -5061,7 +5622,7 @@ ${labGreetings(charset)}
 ${labWire(experiment)}
 </main>
 <footer><p>For programs: <a href="text?${
-      labQuery({ text: excerpt(text), charset })
+      labQuery({ text: shownPart(text), charset })
     }">this text alone</a>, <a href="charsets">all charsets as JSON</a>.</p></footer>`,
   );
 }
@@ -5078,7 +5639,7 @@ ${lacks}<dl class="greetings">${greetings.join("\n")}</dl></section>`;
 }
 
 /** What of a text fits into a link. */
-function excerpt(text: string): string {
+function shownPart(text: string): string {
   return shownCharacters(text).join("");
 }
 
@@ -5157,7 +5718,7 @@ function labReadings(text: string, charset: string): string {
   const table = (names: readonly string[]) => {
     const rows = names.filter((name) => name !== charset).map((name) => {
       const reading = readingHtml(decodeText(bytes, name));
-      const link = `<a href="?${labQuery({ text: excerpt(text), charset, declare: name })}">${name}</a>`;
+      const link = `<a href="?${labQuery({ text: shownPart(text), charset, declare: name })}">${name}</a>`;
       return `<tr><th scope="row">${link}</th><td class="text"><bdi>${reading}</bdi></td></tr>`;
     });
     return scrollable(
@@ -5276,7 +5837,7 @@ function labDetection(readings: readonly Detection[]): string {
   const rows = readings.map(({ charset, text, confidence }) =>
     `<tr><th scope="row">${charset}</th><td class="number">${
       Math.round(confidence * 100)
-    } %</td><td class="text"><bdi>${readingHtml(excerpt(text))}</bdi></td></tr>`
+    } %</td><td class="text"><bdi>${readingHtml(shownPart(text))}</bdi></td></tr>`
   );
   const head = `<thead><tr><th scope="col">Charset<th scope="col">How sure<th scope="col">It reads</thead>`;
   return `<section aria-labelledby="detection"><h2 id="detection">What is the file in?</h2>
