@@ -943,7 +943,9 @@ export async function fuzz(
   let requests = 0, next = from;
   const report = (finding: string) => (findings.push(finding), onFinding?.(finding));
   const onLog = (lines: string) => {
-    const odd = lines.split("\n").find((line) => /^(?:error|answer broken|cannot)|[^\t -~\u00a0-\uffff]/.test(line));
+    const odd = lines.split("\n").find((line) =>
+      /^(?:charserve: )?(?:error|answer broken|cannot)|[^\t -~\u00a0-\uffff]/.test(line)
+    );
     if (odd !== undefined) report(`log: ${escaped(odd)}, at about case ${next}`);
   };
   const common: ServeOptions = { port: 0, root: `${base}/root`, routes: ROUTES, maxBody: MAX_BODY, onLog };
@@ -953,7 +955,9 @@ export async function fuzz(
     { log: "wire", fallback: "a.txt", noListing: true },
   ];
   const servers: Server[] = sorts.map((options) => serve({ ...common, ...options }));
-  const wild = changes ? await startWild(pipes, onLog) : undefined;
+  const wild = changes
+    ? await startWild(pipes, (lines) => onLog(lines.replace(/^.*answer broken off: .*$/gm, "")))
+    : undefined;
   const ports = servers.map(({ addr }) => (addr as Deno.NetAddr).port), program = lab ? await startLab() : undefined;
   const tryWire = async (port: number, wire: string, delivery: Delivery) => {
     const checksHost = port !== ports[1];

@@ -159,8 +159,9 @@ class Watch {
         await this.#askFor(client, file);
       } catch (error) {
         if (error instanceof Violation) throw new Violation(`${file.target}: ${error.message}`);
-        insist(!client.closed, `${file.target}: no answer in time`);
-        insist(file.mayBreakOff, `${file.target}: ${(error as Error).message}`);
+        const what = `${this.#asked}: ${(error as Error).message}`;
+        insist(!client.closed, `no answer in time to ${what}`);
+        insist(file.mayBreakOff, what);
         this.#count(`${file.target} broken off`);
         break;
       }
@@ -172,6 +173,9 @@ class Watch {
     this.tally.set(what, (this.tally.get(what) ?? 0) + 1);
   }
 
+  /** The last request, to be told of. */
+  #asked = "";
+
   async #askFor(client: Client, file: Wild): Promise<void> {
     const method = chance(0.1) ? "HEAD" : "GET", charset = chance(0.15) ? "utf-16be" : undefined;
     const fields = [`Host: localhost`, `X: ${Math.random()}`], lastTag = this.#lastTags.get(file.target);
@@ -180,6 +184,7 @@ class Watch {
     if (chance(0.3) && lastTag !== undefined) fields.push(`${pick(["If-None-Match", "If-Range"])}: ${lastTag}`);
     const target = file.target + (charset ? `?charset=${charset}` : chance(0.3) ? `?${Math.random()}` : "");
     const begin = Date.now();
+    this.#asked = `${method} ${target} (${fields.slice(2).join(", ")})`;
     await client.send(`${method} ${target} HTTP/1.1\r\n${fields.join("\r\n")}\r\n\r\n`);
     const reply = await client.receive(method), { status } = reply;
     this.#count(`${file.target} ${status}`);
