@@ -11,32 +11,16 @@
  */
 
 import { assert, assertEquals, assertMatch, assertRejects, assertStringIncludes, assertThrows } from "@std/assert";
+import { bytesOf, Client, latin1, type Listening, type Reply } from "./.ci/client.ts";
 import { fuzz } from "./.ci/fuzz.ts";
 import { fileURLToPath } from "node:url";
 import { encode, type Handler, HttpError, type Route, serve, type ServeOptions } from "./server.ts";
 
 // ── The client ──────────────────────────────────────────────────────────────────────────────────
-// A client that forgives nothing: whatever a strict reader of RFC 9110 and RFC 9112 could complain of in
-// an answer fails the test that got it. It shares no code with the server.
-
-/** What listens: a server of this process, or of another. */
-interface Listening {
-  readonly addr: Deno.Addr;
-}
-
-/** An answer that was well-formed. Names of fields are in lower case; lines of one name are an error. */
-interface Reply {
-  readonly status: number;
-  readonly fields: ReadonlyMap<string, string>;
-  readonly content: Uint8Array<ArrayBuffer>;
-}
+// It is `.ci/client.ts`, the fuzzer's, too: an answer that a strict reader could complain of fails the test that got it.
 
 type ErrorClass = new (message?: string) => Error;
 
-/** Bytes of text, one a character. */
-const bytesOf = (text: string) => Uint8Array.from(text, (character) => character.charCodeAt(0));
-/** Text of bytes, one character each. */
-const latin1 = (bytes: Uint8Array) => Array.from(bytes, (byte) => String.fromCharCode(byte)).join("");
 const hex = (bytes: Uint8Array) => Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join(" ");
 const delay = (milliseconds: number) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 
@@ -53,130 +37,8 @@ const get = (target: string, ...fields: string[]) => head(`GET ${target} HTTP/1.
 const post = (target: string, content: string, ...fields: string[]) =>
   head(`POST ${target} HTTP/1.1`, "Host: localhost", `Content-Length: ${content.length}`, ...fields) + content;
 
-class Client implements Disposable {
-  readonly conn: Deno.Conn;
-  /** A test that waits in vain fails here, and not by hanging. */
-  readonly #guard = setTimeout(() => this[Symbol.dispose](), 5000);
-  /** Come and not yet read. */
-  #bytes = new Uint8Array();
-  closed = false;
-
-  constructor(conn: Deno.Conn) {
-    this.conn = conn;
-  }
-
-  static async connect({ addr }: Listening): Promise<Client> {
-    if (addr.transport === "unix") return new Client(await Deno.connect({ transport: "unix", path: addr.path }));
-    const { hostname, port } = addr as Deno.NetAddr;
-    const conn = await Deno.connect({ hostname, port });
-    conn.setNoDelay(); // A byte written is a packet sent.
-    return new Client(conn);
-  }
-
-  /** Sends all of it, in pieces of at most so many bytes. */
-  async send(message: string | Uint8Array, pieceSize = Infinity): Promise<void> {
-    const bytes = typeof message === "string" ? bytesOf(message) : message;
-    for (let at = 0; at < bytes.length;) at += await this.conn.write(bytes.subarray(at, at + pieceSize));
-  }
-
-  /** The next answer; `method` is the request's, since HEAD decides whether content follows. */
-  async receive(method = "GET"): Promise<Reply> {
-    const line = await this.#line();
-    const [, status] = /^HTTP\/1\.1 ([1-5]\d\d) (?:[A-Z][\x20-\x7e]*)?$/.exec(line) ??
-      assertNever(`status line ${line}`);
-    const fields = new Map<string, string>();
-    for (let line; (line = await this.#line()) !== "";) {
-      const [, name, value] = /^([\w!#$%&'*+.^`|~-]+): ((?:\S(?:.*\S)?)?)$/.exec(line) ?? assertNever(`field ${line}`);
-      const key = name!.toLowerCase(), known = fields.get(key);
-      assert(known === undefined || key === "set-cookie", `the field ${name} came twice`);
-      fields.set(key, known === undefined ? value! : `${known}\n${value}`);
-    }
-    checkHead(Number(status), fields);
-    const isBare = method === "HEAD" || /^(?:1..|204|304)$/.test(status!);
-    return { status: Number(status), fields, content: isBare ? new Uint8Array() : await this.#content(fields) };
-  }
-
-  async #content(fields: ReadonlyMap<string, string>): Promise<Uint8Array<ArrayBuffer>> {
-    if (fields.has("transfer-encoding")) return await this.#chunks();
-    const length = fields.get("content-length");
-    if (length !== undefined) return await this.#take(Number(length));
-    assertEquals(fields.get("connection"), "close", "content without a length ends with the connection");
-    while (await this.#fill());
-    return this.#take(this.#bytes.length);
-  }
-
-  async #chunks(): Promise<Uint8Array<ArrayBuffer>> {
-    const chunks: Uint8Array<ArrayBuffer>[] = [];
-    for (let size = Infinity; size > 0;) {
-      const line = await this.#line();
-      assertMatch(line, /^[0-9A-Fa-f]{1,8}$/, "a chunk's size");
-      size = parseInt(line, 16);
-      chunks.push(await this.#take(size));
-      assertEquals(await this.#line(), "", "a chunk's end");
-    }
-    return new Uint8Array(await new Blob(chunks).arrayBuffer());
-  }
-
-  /** The connection is at its end, and nothing was left to read. */
-  async end(): Promise<void> {
-    while (await this.#fill());
-    assertEquals(latin1(this.#bytes), "", "bytes before the connection's end");
-    assert(!this.closed, "the server did not close the connection");
-  }
-
-  async #line(): Promise<string> {
-    let length;
-    while ((length = this.#bytes.indexOf(0x0a)) < 0) {
-      if (!await this.#fill()) throw new Error(`The connection ended in a line: "${latin1(this.#bytes)}"`);
-    }
-    const line = latin1(await this.#take(length + 1));
-    assertMatch(line, /^[\t\x20-\x7e\x80-\xff]*\r\n$/, "a line of a head");
-    return line.slice(0, -2);
-  }
-
-  async #take(count: number): Promise<Uint8Array<ArrayBuffer>> {
-    while (this.#bytes.length < count) {
-      if (!await this.#fill()) throw new Error(`The connection ended ${count - this.#bytes.length} bytes early`);
-    }
-    const bytes = this.#bytes.slice(0, count);
-    this.#bytes = this.#bytes.slice(count);
-    return bytes;
-  }
-
-  async #fill(): Promise<boolean> {
-    const piece = new Uint8Array(256 * 1024), count = await this.conn.read(piece);
-    if (count === null) return false;
-    const bytes = new Uint8Array(this.#bytes.length + count);
-    bytes.set(this.#bytes);
-    bytes.set(piece.subarray(0, count), this.#bytes.length);
-    this.#bytes = bytes;
-    return true;
-  }
-
-  [Symbol.dispose](): void {
-    clearTimeout(this.#guard);
-    if (!this.closed) this.conn.close();
-    this.closed = true;
-  }
-}
-
 function assertNever(what: string): never {
   throw new Error(`Cannot parse ${what}`);
-}
-
-/** What a head must say, and must not (RFC 9110 and RFC 9112, by section). */
-function checkHead(status: number, fields: ReadonlyMap<string, string>): void {
-  const length = fields.get("content-length"), coding = fields.get("transfer-encoding");
-  if (status < 200 || status === 204) assert(length === undefined && coding === undefined, "9112 §6.2: no content");
-  if (status < 200) return;
-  const date = fields.get("date") ?? "";
-  assertEquals(new Date(date).toUTCString(), date, "9110 §6.6.1: Date");
-  assert(length === undefined || coding === undefined, "9112 §6.2: one of Content-Length and Transfer-Encoding");
-  if (length !== undefined) assertMatch(length, /^(?:0|[1-9]\d*)$/, "9110 §8.6: Content-Length");
-  if (coding !== undefined) assertEquals(coding, "chunked", "9112 §6.1: Transfer-Encoding");
-  if (status === 405) assert(fields.has("allow"), "9110 §15.5.6: Allow");
-  if (status === 416) assertMatch(fields.get("content-range") ?? "", /^bytes \*\/\d+$/, "9110 §15.5.17: Content-Range");
-  if (/^30[12378]$/.test(`${status}`)) assert(fields.has("location"), "9110 §15.4: Location");
 }
 
 /** One request on a connection of its own. */

@@ -13,7 +13,11 @@
  * @module
  */
 
+import { connect } from "node:net";
 import { encode, type Route, serve, type ServeOptions, type Server } from "../server.ts";
+import { bytesOf, Client, insist, isBare, latin1, parseReplyHead, Violation } from "./client.ts";
+import { SECRET } from "./mischief.ts";
+import { startWild } from "./wild.ts";
 
 // ── Chance ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -48,19 +52,6 @@ class Random {
   }
 }
 
-/** What must not happen did. */
-class Violation extends Error {}
-
-function insist(condition: unknown, message: string): asserts condition {
-  if (!condition) throw new Violation(message);
-}
-
-const latin1 = (bytes: Uint8Array): string => {
-  let text = "";
-  for (let at = 0; at < bytes.length; at += 8192) text += String.fromCharCode(...bytes.subarray(at, at + 8192));
-  return text;
-};
-const toBytes = (text: string): Uint8Array<ArrayBuffer> => Uint8Array.from(text, (byte) => byte.charCodeAt(0));
 const utf8 = (text: string): string => latin1(new TextEncoder().encode(text));
 const escaped = (text: string): string =>
   JSON.stringify(text).replace(
@@ -208,7 +199,7 @@ function readChunks(wire: string, at: number, isRequest: boolean): Body {
 }
 
 // ── What was answered ───────────────────────────────────────────────────────────────────────────
-// A strict reader of responses: whatever a client could stumble over is a violation.
+// All that has come on a connection, cut into answers: whatever a client could stumble over is a violation.
 
 interface Answer {
   readonly status: number;
@@ -218,38 +209,17 @@ interface Answer {
   readonly end: number;
 }
 
-const STATUS_LINE = /^HTTP\/1\.1 ([1-5]\d\d) [\t -~\x80-\xff]*$/;
-const DATE =
-  /^(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun), \d\d (?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) \d{4} \d\d:\d\d:\d\d GMT$/;
-
 /** The answer at `at`; undefined if it is not there in full. */
 function readAnswer(wire: string, at: number, asked: Partial<Asked>, ended: boolean): Answer | undefined {
   const headEnd = wire.indexOf("\r\n\r\n", at);
   if (headEnd < 0) return undefined;
-  const [statusLine, ...lines] = wire.slice(at, headEnd).split("\r\n"), fields = new Map<string, string>();
-  const status = Number(STATUS_LINE.exec(statusLine!)?.[1]);
-  insist(status, `status line ${escaped(statusLine!.slice(0, 99))}`);
-  for (const line of lines) {
-    const [, name, value] = FIELD.exec(line) ?? [];
-    insist(name !== undefined && value !== undefined, `field line ${escaped(line)}`);
-    insist(!fields.has(name.toLowerCase()), `twice the field ${name}`);
-    fields.set(name.toLowerCase(), value);
-  }
+  const { status, fields } = parseReplyHead(wire.slice(at, headEnd));
   const length = fields.get("content-length"), coding = fields.get("transfer-encoding"), bodyStart = headEnd + 4;
   const closes = fields.get("connection") === "close", place = fields.get("location");
-  insist(status < 200 || DATE.test(fields.get("date") ?? ""), "no Date");
-  insist(status !== 405 || fields.has("allow"), "405 without Allow");
-  insist(
-    status !== 206 || fields.has("content-range") || /^multipart/.test(fields.get("content-type")!),
-    "206 of what?",
-  );
   insist(place === undefined || /^\.\/[^\/\\?]+\/(?:\?[!-~]*)?$/.test(place), `Location ${place}`);
-  insist(length === undefined || coding === undefined && /^\d+$/.test(length), "Content-Length");
-  insist(coding === undefined || coding === "chunked" && asked.minor !== 0, `Transfer-Encoding ${coding}`);
+  insist(coding === undefined || asked.minor !== 0, `Transfer-Encoding ${coding} in HTTP/1.0`);
   insist(status !== 500, "500");
-  const bodiless = status < 200 || status === 204 || status === 304;
-  insist(!bodiless || status === 304 || !length && !coding, `a length with ${status}`);
-  if (bodiless || asked.method === "HEAD") return { status, fields, closes, body: "", end: bodyStart };
+  if (isBare(asked.method, status)) return { status, fields, closes, body: "", end: bodyStart };
   if (coding !== undefined) {
     const content = readChunks(wire, bodyStart, false);
     insist(content.is !== "bad", "malformed chunks");
@@ -342,8 +312,8 @@ const METHODS = table("GET|HEAD|POST|OPTIONS|PUT|DELETE|TRACE|CONNECT|PATCH|BREW
 const VERSIONS = table("1.9|2.0|0.9|1.10|1| 1.1|1.1 ");
 const PATH_PIECES = table(
   `..|.|/|//|\\|%2e|%2E%2e|%2f|%5c|%5C..|%00|%0d%0a|%c0%ae|%e4%bd%a0|%c4%e3|%ff|%u002e|%252e|;|:|?
-  |#|@|~|a.txt|dir|dir/|link|folder-link|inside|canary.txt|outside/canary.txt|.hidden|index.html|text.txt|a.bin
-  |evil.example|?charset=gbk|?charset=utf-16|?charset=x|?sort=size&desc|?q=%00|?page=9|&_charset_=big5|?a=%E4&b=&#1;
+  |#|@|~|a.txt|shelf/|dir|dir/|link|folder-link|inside|canary.txt|outside/canary.txt|.hidden|index.html|text.txt|a.bin
+  |evil.example|?charset=gbk|?charset=utf-16|?charset=x|?sort=size&desc|?q=%00|?q=a|?q=apple&text=1|?page=9|&_charset_=big5|?a=%E4&b=&#1;
   |\xe4\xbd`,
 );
 const ODD_TARGETS = table(`*|http://localhost/tag/1|HTTP://127.0.0.1:80?x|http://evil.example/a.txt|http:///a.txt
@@ -473,7 +443,7 @@ async function exchange(
     }
   };
   const write = async () => {
-    const bytes = toBytes(wire);
+    const bytes = bytesOf(wire);
     try {
       for (const [i, cut] of [...delivery.cuts, bytes.length].entries()) {
         for (let at = delivery.cuts[i - 1] ?? 0; at < cut;) at += await conn.write(bytes.subarray(at, cut));
@@ -496,10 +466,8 @@ async function exchange(
   return received;
 }
 
-// ── Files, encoders, the lab ────────────────────────────────────────────────────────────────────
+// ── Files ───────────────────────────────────────────────────────────────────────────────────────
 
-/** What must never be sent: it is outside ROOT, or hidden. */
-const CANARY = "CANARY-" + "d0-not-read";
 /** Has milliseconds, which HTTP dates have not. */
 const MODIFIED = 1_700_000_000_500;
 const TEXT = "Héllo, 你好, こんにちは, Привет, 안녕, ¥‾−ｱ 𠀀👋\n".repeat(100);
@@ -512,13 +480,17 @@ async function makeSite(): Promise<string> {
     await Deno.mkdir(`${base}/${folder}`, { recursive: true });
   }
   for (const path of ["canary.txt", "root-outside/canary.txt", "root/.hidden"]) {
-    await Deno.writeTextFile(`${base}/${path}`, CANARY);
+    await Deno.writeTextFile(`${base}/${path}`, SECRET);
   }
-  await Deno.writeFile(`${root}/a.bin`, toBytes(BINARY));
+  await Deno.writeFile(`${root}/a.bin`, bytesOf(BINARY));
   for (const path of ["a.txt", "text.txt", "dir/index.html", "你好/文.html"]) {
     await Deno.writeTextFile(`${root}/${path}`, TEXT);
   }
   for (const path of ["a.bin", "text.txt"]) await Deno.utime(`${root}/${path}`, new Date(MODIFIED), new Date(MODIFIED));
+  for (const [path, charset, text] of SHELF) {
+    await Deno.mkdir(`${root}/shelf/${path.slice(0, path.lastIndexOf("/"))}`, { recursive: true });
+    await Deno.writeFile(`${root}/shelf/${path}`, encode(text, charset) as Uint8Array<ArrayBuffer>);
+  }
   const links = { link: "../canary.txt", "folder-link": "..", outside: "../root-outside", inside: "a.txt" };
   for (const [link, to] of Object.entries(links)) await Deno.symlink(to, `${root}/${link}`);
   return base;
@@ -548,7 +520,7 @@ const sameText = (a: string, b: string, what: string) =>
 async function decompress(body: string, coding: string | undefined): Promise<string> {
   if (coding === undefined) return body;
   const stream = new DecompressionStream(coding === "br" ? "brotli" as "gzip" : "gzip");
-  return latin1(await new Response(new Blob([toBytes(body)]).stream().pipeThrough(stream)).bytes());
+  return latin1(await new Response(new Blob([bytesOf(body)]).stream().pipeThrough(stream)).bytes());
 }
 
 const QUALITIES = table("|;q=0|;q=0.5|; Q=1.000|;q=2|;q=");
@@ -663,6 +635,152 @@ function checkConditions(conditions: ReadonlyMap<string, string>, base: Answer, 
   sameText(body, expected, what);
 }
 
+// ── Heads that never repeat ─────────────────────────────────────────────────────────────────────
+// What is kept must be found by what a request means, not by what it looks like; and what one asked for, in its charset
+// and coding, must never be another's answer.
+
+interface KeptFile {
+  readonly path: string;
+  readonly text: string | undefined;
+  readonly mode: "html" | "replacement";
+}
+
+const KEPT_FILES: readonly KeptFile[] = [
+  { path: "/a.bin", text: undefined, mode: "html" },
+  { path: "/a.txt", text: TEXT, mode: "replacement" },
+  { path: "/text.txt", text: TEXT, mode: "replacement" },
+  { path: "/dir/", text: TEXT, mode: "html" },
+  { path: "/%E4%BD%A0%E5%A5%BD/%E6%96%87.html", text: TEXT, mode: "html" },
+];
+
+/** The same path, written as no one has before. */
+function disguise(random: Random, path: string): string {
+  const hex = (byte: string) => byte.charCodeAt(0).toString(16).padStart(2, "0");
+  const letters = path.replace(/%..|[a-z]/gi, (letter) => {
+    if (letter.startsWith("%")) return random.chance(0.2) ? letter.toLowerCase() : letter;
+    return random.chance(0.1) ? `%${hex(letter)}` : letter;
+  });
+  const slashes = ["/./", "//", `/${random.below(1e9)}/../`, "/%2e/"];
+  return letters.replaceAll(
+    "/",
+    (_, at) => random.chance(0.8) ? "/" : random.pick(at === 0 ? [...slashes, "/../"] : slashes),
+  );
+}
+
+/** Fields that change nothing. */
+const IDLE_FIELDS = table(
+  `Cookie: id=|User-Agent: x/|Accept: text/html;q=0.|Accept-Language: en;q=0.|X-Forwarded-For: 10.0.0.
+  |Referer: http://localhost/|Cache-Control: max-age=|X: |Upgrade-Insecure-Requests: |Accept-Datetime: `,
+);
+
+/** A request whose head never came before, and in which charset its answer is to be. */
+function makeDisguised(random: Random, preferred: string) {
+  const file = random.pick(KEPT_FILES), way = random.below(4), charset = random.pick(ENCODINGS);
+  const query = [`${random.below(1e9)}`, ...random.some(1, () => `a=${random.below(1e9)}`)];
+  const fields = random.some(4, () => random.pick(IDLE_FIELDS) + random.below(1e9));
+  if (way === 0) query.push(`charset=${charset}`);
+  if (way === 1) {
+    fields.push(`Accept-Charset: ${charset}${random.pick(["", ", *;q=0.1", ", utf-8;q=0.5", ";q=0.9, x"])}`);
+  }
+  if (random.chance(0.5)) fields.push(`Accept-Encoding: ${random.pick(["gzip", "br", "gzip;q=0.5, br;q=0.4", "*"])}`);
+  const target = `${disguise(random, file.path)}?${query.join("&")}`;
+  return { file, target, fields, charset: way < 2 ? charset : preferred };
+}
+
+/** Asks for files in every charset and coding, many at once. `tags` is what was seen under each tag so far. */
+async function checkKept(
+  random: Random,
+  server: Server,
+  preferred: string,
+  tags: Map<string, string>,
+): Promise<number> {
+  using client = await Client.connect(server);
+  const asked = random.some(20, () => makeDisguised(random, preferred));
+  const heads = asked.map(({ target, fields }) =>
+    [`GET ${target} HTTP/1.1`, "Host: localhost", ...fields, "", ""].join("\r\n")
+  );
+  await client.send(heads.join(""), random.chance(0.3) ? 1 + random.below(300) : Infinity);
+  for (const { file, target, fields, charset } of asked) {
+    const { status, content, fields: said } = await client.receive(), what = escaped(`${target} ${fields.join(", ")}`);
+    insist(status === 200, `${status} for ${what}`);
+    const coding = said.get("content-encoding"), plain = await decompress(latin1(content), coding);
+    const label = /;charset=(.*)/.exec(said.get("content-type") ?? "")?.[1];
+    if (file.text !== undefined) {
+      insist(label !== undefined && new TextDecoder(label).encoding === charset, `${label}, not ${charset}: ${what}`);
+    }
+    sameText(plain, file.text === undefined ? BINARY : latin1(encode(file.text, charset, file.mode)), what);
+    const tag = `${file.path} ${said.get("etag")}`, state = `${file.text && charset} ${coding} ${content.length}`;
+    insist((tags.get(tag) ?? state) === state, `one tag for ${tags.get(tag)} and ${state}: ${what}`);
+    tags.set(tag, state);
+  }
+  return asked.length;
+}
+
+/** Files below /shelf, in many charsets, and words of them. */
+const SHELF: readonly (readonly [path: string, charset: string, text: string])[] = [
+  ["red/apple.txt", "gbk", "苹果是红色的水果，长在树上。秋天的时候，人们把它们摘下来。"],
+  ["red/Cherry Pie.html", "utf-8", "<title>Pie</title><p class=hidden>Kirschen und <b>Äpfel</b>"],
+  ["green/apple tart.txt", "utf-8", "A tart of GREEN apples"],
+  ["green/deep/りんご.txt", "shift_jis", "これはりんごです。とてもおいしいです。"],
+  ["green/deep/ＷＩＤＥ.txt", "utf-8", "full width, half ﾊﾝｶｸ"],
+  [".hidden/apple.txt", "utf-8", `${SECRET} apple`],
+  ["blue/.apple.txt", "utf-8", `${SECRET} apple`],
+];
+
+const WORDS = table(
+  `apple|APPLE|pie|苹果|水果|äpfel|A\u0308pfel|りんご|wide|ハンカク|tart green|tart red|txt|class|hidden|CANARY
+  |.txt|%|*|\\|<b>|..|/|apple apple|zzz`,
+);
+
+const folded = (text: string) => text.normalize("NFKC").toLowerCase();
+
+/** Which paths a search has to find. */
+function searched(folder: string, query: string, inText: boolean): string {
+  const words = folded(query).split(/\s+/).filter((word) => word !== "");
+  return SHELF.filter(([path]) => path.startsWith(folder) && !/(?:^|\/)\./.test(path)).filter(([path, , text]) => {
+    const name = folded(path.slice(path.lastIndexOf("/") + 1));
+    const content = folded(path.endsWith(".html") ? text.replace(/<[^>]*>/g, "") : text);
+    return words.every((word) => name.includes(word)) || inText && words.every((word) => content.includes(word));
+  }).map(([path]) => path).sort().join();
+}
+
+/** Names, and the words of texts, are found in a folder and below; what is hidden or outside never is. */
+async function checkSearch(random: Random, port: number): Promise<number> {
+  const folder = random.pick(["", "red/", "green/", "green/deep/"]),
+    query = random.pick(WORDS),
+    inText = random.chance(0.5);
+  const parameters = new URLSearchParams({ q: query, ...(inText && { text: "1" }), x: `${random.below(1e9)}` });
+  const target = `/shelf/${folder}?${parameters}`, isJson = random.chance(0.7);
+  const { status, body } = await get(port, target, isJson ? ["Accept: application/json"] : []);
+  insist(status === 200 || status === 503, `${status} for ${target}`);
+  insist(!body.includes(SECRET), `${target} finds what is hidden`);
+  if (status === 503 || !isJson) return 1;
+  const found = JSON.parse(new TextDecoder().decode(bytesOf(body))) as { path?: string }[];
+  // Before there are searches below a folder, results have no paths.
+  if (found.length === 0 || found.some(({ path }) => path === undefined)) return 1;
+  const paths = found.filter(({ path }) => !path!.endsWith("/")).map(({ path }) => decodeURIComponent(path!));
+  const below = paths.map((path) => path.startsWith("/shelf/") ? path.slice(7) : folder + path).sort().join();
+  const expected = searched(folder, query, inText);
+  insist(below === expected, `${target} finds ${below}, expected ${expected}`);
+  return 1;
+}
+
+/** Clients that are gone as soon as they are there: a reset, before the server has accepted them. */
+async function checkResets(random: Random, server: Server): Promise<number> {
+  const { port } = server.addr as Deno.NetAddr;
+  const resets = Array.from({ length: 10 + random.below(140) }, () =>
+    new Promise<void>((resolve) => {
+      const socket = connect(port, "127.0.0.1", () => socket.resetAndDestroy());
+      socket.on("close", () => resolve()).on("error", () => resolve());
+    }));
+  const begin = performance.now(), { status } = await get(port, "/a.txt", []), time = performance.now() - begin;
+  insist(status === 200 && time < 2000, `${status} after ${time} ms, beside clients that reset their connections`);
+  await Promise.all(resets);
+  return 1;
+}
+
+// ── Encoders, the lab ───────────────────────────────────────────────────────────────────────────
+
 const ENCODINGS = table(
   `gbk|gb18030|big5|euc-jp|iso-2022-jp|shift_jis|euc-kr|utf-8|utf-16le|utf-16be|x-user-defined|ibm866
   |koi8-r|koi8-u|macintosh|windows-874|windows-1250|windows-1251|windows-1252|windows-1253|windows-1254|windows-1255
@@ -739,7 +857,30 @@ async function checkLab(random: Random, port: number): Promise<number> {
   return answers.length;
 }
 
-async function startLab(): Promise<{ port: number; stop: () => Promise<void> }> {
+/** What may be said of bytes: charsets that there are, the text as it is in each, and UTF-8 first where it is UTF-8. */
+async function checkDetection(random: Random, port: number): Promise<number> {
+  const charset = random.pick(ENCODINGS), text = randomText(random, random.pick([0, 5, 100, 2000])).toWellFormed();
+  let bytes = latin1(encode(text, charset, "replacement"));
+  if (random.chance(0.3)) bytes = random.some(3, () => 0).reduce((bytes) => mutate(random, bytes), bytes);
+  const { status, body } = await get(port, `/detect?${random.below(1e9)}`, [], "POST", bytes), what = escaped(bytes);
+  insist(status === 200, `${status} for the detection of ${what}`);
+  const found = JSON.parse(new TextDecoder().decode(bytesOf(body))) as { charset: string; text?: string }[];
+  insist(Array.isArray(found), `no list for the detection of ${what}`);
+  for (const { charset, text } of found) {
+    insist(ENCODINGS.includes(charset), `detected ${charset}`);
+    // It may be shown in part.
+    const shown = (text ?? "").replace(/…$/, "").slice(0, 20).replace(/\ufffd+$/, "");
+    const read = new TextDecoder(charset).decode(bytesOf(bytes));
+    insist(read.includes(shown), `${escaped(shown)} is not what ${charset} makes of ${what}`);
+  }
+  insist(new Set(found.map(({ charset }) => charset)).size === found.length, `a charset twice for ${what}`);
+  if (charset === "utf-8" && bytes === utf8(text) && text.length > 100 && /[^\0-\x7f]/.test(text)) {
+    insist(found[0]?.charset === "utf-8", `${found[0]?.charset} is likelier than utf-8 for ${what}`);
+  }
+  return 1;
+}
+
+async function startLab(): Promise<{ port: number; stop: () => Promise<void>; detects: boolean }> {
   const server = new URL("../server.ts", import.meta.url).href;
   const args = ["run", "--quiet", "--allow-net", server, "--port", "0", "--log", "none"];
   const child = new Deno.Command(Deno.execPath(), { args, stdout: "piped", stdin: "null" }).spawn(),
@@ -751,7 +892,8 @@ async function startLab(): Promise<{ port: number; stop: () => Promise<void> }> 
     await reader.cancel();
     insist((await child.status).success, "the lab did not end well");
   };
-  return { port: Number(port), stop };
+  const { status } = await get(Number(port), "/detect", [], "POST", "text");
+  return { port: Number(port), stop, detects: status === 200 };
 }
 
 // ── All of it ───────────────────────────────────────────────────────────────────────────────────
@@ -783,33 +925,44 @@ export interface FuzzOptions {
   from?: number;
   /** Starts the lab as a program of its own, and tries that too. @default {false} */
   lab?: boolean;
+  /** Asks for files that change meanwhile, too: those findings depend on chance. @default {false} */
+  changes?: boolean;
+  /** Pipes are among what files are swapped for. @default {false} */
+  pipes?: boolean;
   /** Told of each finding, and it goes on; without it the first one is thrown. */
   onFinding?: (finding: string) => void;
 }
 
 /** Runs cases until the time or their number is used up. Throws on a finding; connections left over are one too. */
 export async function fuzz(
-  { seed = 1, seconds = Infinity, iterations = Infinity, from = 0, lab, onFinding }: FuzzOptions = {},
+  { seed = 1, seconds = Infinity, iterations = Infinity, from = 0, lab, changes, pipes = false, onFinding }:
+    FuzzOptions = {},
 ): Promise<{ requests: number }> {
   const base = await makeSite(), until = performance.now() + seconds * 1000, findings: string[] = [];
+  const tags = [new Map<string, string>(), new Map<string, string>()];
   let requests = 0, next = from;
   const report = (finding: string) => (findings.push(finding), onFinding?.(finding));
   const onLog = (lines: string) => {
-    const odd = lines.split("\n").find((line) => /^(?:error|answer broken|cannot)|[^\t -~\u00a0-\uffff]/.test(line));
+    const odd = lines.split("\n").find((line) =>
+      /^(?:charserve: )?(?:error|answer broken|cannot)|[^\t -~\u00a0-\uffff]/.test(line)
+    );
     if (odd !== undefined) report(`log: ${escaped(odd)}, at about case ${next}`);
   };
   const common: ServeOptions = { port: 0, root: `${base}/root`, routes: ROUTES, maxBody: MAX_BODY, onLog };
-  const kinds: ServeOptions[] = [
+  const sorts: ServeOptions[] = [
     { log: "common" },
     { charset: "gbk", cors: true, allowHost: ["*"] },
     { log: "wire", fallback: "a.txt", noListing: true },
   ];
-  const servers: Server[] = kinds.map((options) => serve({ ...common, ...options }));
+  const servers: Server[] = sorts.map((options) => serve({ ...common, ...options }));
+  const wild = changes
+    ? await startWild(pipes, (lines) => onLog(lines.replace(/^.*answer broken off: .*$/gm, "")))
+    : undefined;
   const ports = servers.map(({ addr }) => (addr as Deno.NetAddr).port), program = lab ? await startLab() : undefined;
   const tryWire = async (port: number, wire: string, delivery: Delivery) => {
     const checksHost = port !== ports[1];
     const received = await exchange(port, wire, delivery, (received) => judge(wire, received, false, checksHost));
-    insist(!received.replaceAll("\0", "").includes(CANARY), "something outside ROOT was read");
+    insist(!received.replaceAll("\0", "").includes(SECRET), "something outside ROOT was read");
     if (delivery.ending !== "reset") judge(wire, received, true, checksHost);
   };
   const fails = (port: number, wire: string, delivery: Delivery) =>
@@ -818,13 +971,21 @@ export async function fuzz(
     const random = new Random(seed, iteration), port = random.pick(ports), kind = random.below(100);
     if (kind < 8) return await checkFile(random, ports[0]!);
     if (kind < 12) return checkEncoder(random);
-    if (kind < 14) return program ? await checkLab(random, program.port) : 0;
+    if (kind < 18) {
+      const which = random.below(2);
+      return await checkKept(random, servers[which]!, which === 0 ? "utf-8" : "gbk", tags[which]!);
+    }
+    if (kind < 19 && random.chance(0.05)) return await checkResets(random, servers[0]!);
+    if (kind < 22 && program) {
+      return await (program.detects && random.chance(0.3) ? checkDetection : checkLab)(random, program.port);
+    }
+    if (kind < 23) return await checkSearch(random, ports[0]!);
     const { wire, ...delivery } = makeCase(random), message = await fails(port, wire, delivery);
     if (message === undefined) return wire.split(" HTTP/").length - 1;
     throw new Violation(await minimize(wire, delivery, message, (...attempt) => fails(port, ...attempt)));
   };
   const lane = async () => {
-    while (next < from + iterations && performance.now() < until && (onFinding || findings.length === 0)) {
+    while (!isOver()) {
       const iteration = next++;
       try {
         const count = await runCase(iteration);
@@ -835,13 +996,28 @@ export async function fuzz(
       }
     }
   };
+  const isOver = () => next >= from + iterations || performance.now() >= until || !onFinding && findings.length > 0;
+  const kinds = new Set<string>();
+  const wildLane = async () => {
+    while (wild !== undefined && !isOver()) {
+      try {
+        requests += await wild.ask();
+      } catch (error) {
+        const what = error instanceof Violation ? error.message : `${(error as Error).stack}`;
+        // Of each kind one is enough: they come by the hundred.
+        const kind = what.replace(/\(.*|"[^"]*"|\?[^ ]*|[\d.]+/g, "");
+        if (!kinds.has(kind)) kinds.add(kind), report(`beside changes: ${what}`);
+      }
+    }
+  };
   const onRejection = (event: PromiseRejectionEvent) => {
     event.preventDefault();
     report(`unhandled rejection, at about case ${next}: ${event.reason?.stack}`);
   };
   globalThis.addEventListener("unhandledrejection", onRejection);
   try {
-    await Promise.all(Array.from({ length: 16 }, lane));
+    await Promise.all([...Array.from({ length: 16 }, lane), ...Array.from({ length: 3 }, wildLane)]);
+    await wild?.stop().catch((error) => report(`after changes: ${error.message}`));
     await program?.stop();
     const timer = setTimeout(() => report("shutdown() does not end: connections are left over"), 3000);
     await Promise.all(servers.map((server) => server.shutdown()));
@@ -879,14 +1055,19 @@ if (import.meta.main) {
     Number(Deno.args[Deno.args.indexOf(`--${name}`) + 1 || Infinity] ?? otherwise);
   const seed = argument("seed", Date.now() % 1e6), seconds = argument("seconds", 10), begin = performance.now();
   const range = { from: argument("from", 0), iterations: argument("count", Infinity) };
-  const lab = !Deno.args.includes("--no-lab"), keepsOn = Deno.args.includes("--all"), findings: string[] = [];
+  const lab = !Deno.args.includes("--no-lab"),
+    pipes = Deno.args.includes("--pipes"),
+    keepsOn = Deno.args.includes("--all"),
+    findings: string[] = [];
   const onFinding = (finding: string) => {
     findings.push(finding);
     console.log(finding);
   };
+  // One case again is not to be found among others.
+  const changes = !Deno.args.includes("--no-changes") && range.iterations === Infinity;
   console.log(`seed ${seed}`);
   try {
-    const { requests } = await fuzz({ seed, seconds, ...range, lab, ...(keepsOn && { onFinding }) });
+    const { requests } = await fuzz({ seed, seconds, ...range, lab, changes, pipes, ...(keepsOn && { onFinding }) });
     const rate = Math.round(requests / (performance.now() - begin) * 1000);
     console.log(`${requests} requests, ${rate}/s, ${findings.length} findings`);
   } catch (error) {
