@@ -4773,7 +4773,7 @@ function representFolder(exchange: Exchange, folder: FolderFound): Message | Pro
   const [, minus, sort = ""] = /^(-?)(size|time|name)$/.exec(query.get("sort") ?? "") ?? [];
   return listFolder(exchange, folder, {
     sort: sort === "size" || sort === "time" ? sort : "name",
-    descending: minus === "-",
+    descending: minus === "-" || query.has("desc"),
     page: numberParameter(query, "page", 1, 1_000_000) ?? 1,
   });
 }
