@@ -504,11 +504,8 @@ async function serveConnection(server: HttpServer, connection: Connection): Prom
         break;
       }
       const message = exchange.answer();
-      if (message instanceof Promise) {
-        connection.wait("handler");
-        await connection.flush();
-        await exchange.send(await message);
-      } // Answers that are ready leave together: one write for all the requests of one read.
+      // Answers that are ready leave together: one write for all the requests of one read.
+      if (message instanceof Promise) await exchange.send(message);
       else if (connection.push(exchange.compose(message)) > READY_LIMIT) await connection.flush();
     }
     await connection.end();
@@ -533,7 +530,7 @@ async function refuseConnection(server: HttpServer, connection: Connection): Pro
   try {
     const full = new FramingError(503, "Too many connections", [["Retry-After", "1"]]);
     const exchange = new Exchange(server, connection, connection.takeRefused(), full);
-    await exchange.send(await exchange.answer());
+    await exchange.send(exchange.answer());
     await connection.end();
   } catch {
     // It did not wait.
@@ -648,7 +645,13 @@ class Connection implements Disposable {
 
   /** Sends what is ready, then reads more of a head. Returns whether that is worth looking at. */
   async receive(): Promise<boolean> {
-    if (this.#ready.length > 0) await this.flush();
+    if (this.#ready.length > 0) {
+      // As `flush` does, without its promises: this is the way of nearly every answer.
+      const bytes = this.#takeReady();
+      this.wait("reader");
+      const sent = await this.#interruptible(this.#conn.write(bytes));
+      if (sent < bytes.length) await this.write(bytes.subarray(sent));
+    }
     const isIdle = this.#start === this.#end;
     this.wait(isIdle ? "request" : "head");
     const turn = this.#line.wait(this.#round);
@@ -730,11 +733,13 @@ class Connection implements Disposable {
 
   /** Writes all that is ready. */
   async flush(): Promise<void> {
-    const ready = this.#ready;
-    if (ready.length === 0) return;
-    this.#ready = [];
-    this.#readySize = 0;
-    await this.write(ready.length === 1 ? ready[0]! : concat(ready));
+    if (this.#ready.length > 0) await this.write(this.#takeReady());
+  }
+
+  #takeReady(): Uint8Array {
+    const bytes = this.#ready.length === 1 ? this.#ready[0]! : concat(this.#ready);
+    this.#ready.length = this.#readySize = 0;
+    return bytes;
   }
 
   /** Writes all of `bytes`: the system may take fewer at a time. */
@@ -1312,9 +1317,14 @@ class Exchange implements Incoming {
     return errorMessage(this, error);
   }
 
-  /** Writes a response that had to be waited for, or whose content is made on the way. */
-  async send(message: Message): Promise<void> {
+  /** Writes a response that has to be waited for, behind those before it; reads past what is left of the content. */
+  async send(answer: Message | Promise<Message>): Promise<void> {
     using _ = this.#content;
+    const pending = Promise.resolve(answer);
+    pending.catch(() => {}); // It may fail while what is before it is being written.
+    this.#connection.wait("handler");
+    await this.#connection.flush();
+    const message = await pending;
     try {
       await (isWhole(message) ? this.#connection.write(this.compose(message)) : this.#stream(message));
     } catch (error) {
