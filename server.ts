@@ -242,7 +242,7 @@ class HttpServer implements Server {
   site(): Site {
     const now = Date.now();
     if (this.#site === undefined || now - this.#looked >= this.#lifetime || now < this.#looked) this.#lookAtRoot(now);
-    if (this.#site === undefined) throw new HttpError(503, "The folder is not there", [["Retry-After", "1"]]);
+    if (this.#site === undefined) throw new HttpError(503, "The folder to serve is not there", [["Retry-After", "1"]]);
     return this.#site;
   }
 
@@ -1109,7 +1109,7 @@ function interpret(text: string, lineEnd: number, marks: Marks): RequestHead {
 function parseVersion(text: string): 0 | 1 | undefined {
   const { major, minor } = /^ HTTP\/(?<major>\d)\.(?<minor>\d)$/.exec(text)?.groups ?? {};
   if (major === undefined) return undefined;
-  if (major !== "1") throw new FramingError(505, `HTTP/${major}.${minor} is not spoken here, HTTP/1.1 is`);
+  if (major !== "1") throw new FramingError(505, `HTTP/${major}.${minor} is not supported, HTTP/1.1 is`);
   return minor === "0" ? 0 : 1;
 }
 
@@ -1516,7 +1516,7 @@ function admit(exchange: Exchange): Message | Promise<Message> | undefined {
   }
   if (!server.answersTo(exchange.authority)) {
     const host = escapeControls(exchange.authority.replace(/:\d*$/, "").slice(0, 100));
-    throw new HttpError(421, `This server does not answer to that name: start it with --allow-host ${host}`);
+    throw new HttpError(421, `This server does not answer to that name; started with --allow-host ${host} it does`);
   }
   if (cors && method === "OPTIONS" && exchange.header("access-control-request-method") !== undefined) {
     return representContent(exchange, { status: 204, headers: PREFLIGHT });
@@ -1700,7 +1700,7 @@ function describeMethods(exchange: Exchange): Resource {
   const allow = [...allowed, "OPTIONS"].join(", ");
   if (method === "OPTIONS" && (allowed.size > 0 || isAsterisk)) return { kind: "methods", allow };
   if (!KNOWN_METHODS.includes(method)) throw new HttpError(501, "This method is not implemented");
-  if (allowed.size === 0 && method !== "CONNECT" && method !== "TRACE") throw new HttpError(404, "Nothing is here");
+  if (allowed.size === 0 && method !== "CONNECT" && method !== "TRACE") throw new HttpError(404, "There is nothing here");
   throw new HttpError(405, "This method is not allowed here", [["Allow", allow]]);
 }
 
@@ -1772,7 +1772,7 @@ function locateFile(exchange: Exchange): Resource {
   const isPage = typeOfExtension(percentDecodeText(path, "utf-8"), server.settings.type) === undefined;
   const page = fallback === undefined || !isPage ? undefined : placeOfName(server, fallback, 200);
   const instead = page ?? placeOfName(server, "404.html", 404);
-  if (instead === undefined) throw new HttpError(404, "Nothing is here");
+  if (instead === undefined) throw new HttpError(404, "There is nothing here");
   return instead;
 }
 
@@ -2230,7 +2230,7 @@ function addVary(fields: Field[], name: string): void {
 /** The answer that says what went wrong, as a small page. */
 function errorMessage({ server, head }: Exchange, error: unknown): WholeMessage {
   const isExpected = error instanceof HttpError;
-  const { status, message, fields } = isExpected ? error : new HttpError(500, "The server could not make this page");
+  const { status, message, fields } = isExpected ? error : new HttpError(500, "The server failed to answer this request");
   const charset = server.settings.charset ?? "utf-8", title = `${status} ${REASONS[status] ?? "Error"}`;
   const said = escapeControls(message), sentence = /[.?!]$/.test(said) ? said : `${said}.`;
   return {
@@ -2686,7 +2686,7 @@ async function openFile(server: HttpServer, path: string): Promise<Deno.FsFile> 
     // Another may have taken its place meanwhile, as it should be.
     file.close();
   }
-  throw new HttpError(404, "Nothing is here any more");
+  throw new HttpError(404, "There is nothing here any more");
 }
 
 /** Opens a file; undefined if there is none, or if that takes too long, as it does with a pipe that nobody writes to. */
@@ -2948,7 +2948,7 @@ function evaluatePreconditions(head: RequestHead, { etag, time }: Validators): 2
   const hasChanged = ifMatch !== undefined
     ? !matchesTag(ifMatch, etag, "strong")
     : modified > parseDate(unmodifiedSince ?? "");
-  if (hasChanged) throw new HttpError(412, "The file is not the one you mean", [["ETag", etag]]);
+  if (hasChanged) throw new HttpError(412, "The file has changed, or is another one", [["ETag", etag]]);
   const isKnown = ifNoneMatch !== undefined
     ? matchesTag(ifNoneMatch, etag, "weak")
     : isReading && isPast(modified) && modified <= parseDate(modifiedSince ?? "");
@@ -4826,7 +4826,7 @@ async function readPage(server: HttpServer, path: string, asked: ListingQuery) {
   const site = server.site();
   for (let attempt = 0; attempt < LISTING_ATTEMPTS; attempt++) {
     const folder = statOf(path), listed = await readFolder(server, site, path).catch(absence);
-    if (folder === undefined || listed === undefined) throw new HttpError(404, "Nothing is here any more");
+    if (folder === undefined || listed === undefined) throw new HttpError(404, "There is nothing here any more");
     const entries = await describePage(server, site, path, listed, asked);
     // Whoever swaps the folder for a link must not have us tell what is elsewhere.
     const shown = entries.filter(({ name }) => !listed.links.has(name));
@@ -5436,7 +5436,7 @@ function summary(search: Search): string {
   const time = ((performance.now() - started) / 1000).toFixed(1);
   return `${results === 0 ? "Nothing was found" : count(results, "result")}: ${
     count(names, "name")
-  }${text} were looked at in ${time} s.${reason === undefined ? "" : ` <strong>It stopped early: ${reason}.</strong>`}${
+  }${text} were searched in ${time} s.${reason === undefined ? "" : ` <strong>It stopped early: ${reason}.</strong>`}${
     large === 0 ? "" : ` Passed over, since larger than ${formatSize(SEARCHED_FILE)}: ${count(large, "file")}.`
   }`;
 }
@@ -5620,7 +5620,7 @@ function labHtml(experiment: Experiment): string {
     `charserve: ${charset}`,
     `<header>
 <h1>The charset lab</h1>
-<p>This page was sent in <strong>${charset}</strong>${shownDeclare}. Text is bytes, and a name for the rule that reads them; when the name is wrong, the text is garbled.</p>
+<p>This page was sent in <strong>${charset}</strong>${shownDeclare}. Text is sent as bytes, with the name of the charset to read them in. When the name is wrong, the text is garbled.</p>
 ${declare === undefined ? "" : truth}
 </header>
 <main>
@@ -5666,7 +5666,7 @@ function labForm({ text, charset, declare }: Experiment): string {
   return `<form class="card" action="./" method="post" enctype="multipart/form-data" aria-label="Experiment">
 <input type="hidden" name="_charset_">
 <label class="wide">Text <textarea name="text" rows="3" spellcheck="false">\n${escapeMarkup(text)}</textarea></label>
-<label class="wide">or a file, whose charset is looked for <input type="file" name="file"></label>
+<label class="wide">or a file, to find out its charset <input type="file" name="file"></label>
 <label>Sent in <select name="charset">${options(charset)}</select></label>
 <label>Declared as <select name="declare"><option value="">the truth</option><option value="none"${
     declare === "none" ? " selected" : ""
@@ -5736,9 +5736,9 @@ function labReadings(text: string, charset: string): string {
       `<thead><tr><th scope="col">Read as<th scope="col">Text</thead><tbody>${rows.join("\n")}</tbody>`,
     );
   };
-  return `<section aria-labelledby="readings"><h2 id="readings">How it reads elsewhere</h2>
+  return `<section aria-labelledby="readings"><h2 id="readings">How it reads in other charsets</h2>
 <p class="bytes">${hex(bytes)}</p>
-<p>These are the bytes just sent. Whoever takes them for another charset reads this; follow a name, and your own browser does.</p>
+<p>These are the bytes just sent, and this is what they look like in other charsets. Follow a name, and your own browser makes that mistake.</p>
 ${table(USUAL_SUSPECTS)}<details><summary>In the ${others.length} other charsets</summary>${
     table(others)
   }</details></section>`;
@@ -5801,7 +5801,7 @@ function labWire({ requestHead, responseHead }: Experiment): string {
     return scrollable(id, `<caption id="${id}">${title}</caption><tbody>${rows.join("\n")}</tbody>`);
   };
   return `<section aria-labelledby="wire"><h2 id="wire">On the wire</h2>
-<p>What your browser sent to get this page, and what stood before it in the answer. <code>--log wire</code> shows the same in the terminal.</p>
+<p>The head of the request that your browser sent for this page, and the head of the answer. <code>--log wire</code> shows the same in the terminal.</p>
 ${table("request-head", "The request, as it came", requestHead)}
 ${table("response-head", "The response, as it went", responseHead)}</section>`;
 }
@@ -5850,8 +5850,8 @@ function labDetection(readings: readonly Detection[]): string {
     } %</td><td class="text"><bdi>${readingHtml(shownPart(text))}</bdi></td></tr>`
   );
   const head = `<thead><tr><th scope="col">Charset<th scope="col">How sure<th scope="col">It reads</thead>`;
-  return `<section aria-labelledby="detection"><h2 id="detection">What is the file in?</h2>
-<p>Likeliest first. The text above is the file read so.</p>
+  return `<section aria-labelledby="detection"><h2 id="detection">Which charset is the file in?</h2>
+<p>Likeliest first. The text above is the file, read in the first of these.</p>
 ${scrollable("detection", `${head}<tbody>${rows.join("\n")}</tbody>`)}</section>`;
 }
 
@@ -6856,7 +6856,7 @@ async function run(settings: CommandLine): Promise<void> {
   stopOnSignal(server);
   console.log(urlsOf(server.addr, settings.cert !== undefined).join("\n"));
   if (isAnyAddress(server.addr) && ownAddresses() === undefined) {
-    console.error("charserve: other machines need this one's address; --allow-sys=networkInterfaces shows it here");
+    console.error("charserve: other machines need the address of this one; with --allow-sys=networkInterfaces it is shown here");
   }
   await server.finished;
 }
