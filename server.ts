@@ -36,12 +36,12 @@
  * ```ts
  * import { serve } from "./server.ts";
  *
- * await using server = serve({
- *   port: 0,
+ * const server = serve({
+ *   port: 8000,
  *   charset: "gbk",
  *   routes: [[/^\/hello\/(?<name>[^/]+)$/, ({ params }) => `<h1>你好，${params.name}</h1>`]],
  * });
- * await server.shutdown();
+ * await server.finished;
  * ```
  *
  * RFC 9110 is HTTP's meaning, RFC 9112 its form on the wire, RFC 9111 caching; "Encoding" is the
@@ -58,7 +58,8 @@
  *
  * ```ts
  * import { serve } from "./server.ts";
- * await using server = serve({ port: 0, routes: [[/^\/$/, () => "你好"]], charset: "gbk" });
+ * const server = serve({ routes: [[/^\/$/, () => "你好"]], charset: "gbk" });
+ * await server.finished;
  * ```
  *
  * @throws {Deno.errors.AddrInUse} The port is taken.
@@ -294,7 +295,7 @@ class HttpServer implements Server {
 
   #take(conn: Deno.Conn): void {
     const number = ++this.#accepted;
-    // So many were refused, and still linger, that not even that can be said.
+    // Too many refused connections are still open: this one is closed without an answer.
     if (this.#connections.size >= 2 * this.settings.maxConnections) return conn.close();
     const connection = openConnection(conn, this.#clock, this.#line, number);
     if (connection === undefined) return;
@@ -354,7 +355,7 @@ class HttpServer implements Server {
     if (this.#connections.size === 0) this.#drained.resolve();
   }
 
-  /** Waits until nobody new came for a moment: closing a listener resets what the system has taken for it. */
+  /** Waits until no client has come for a moment: closing a listener resets the connections that wait to be accepted. */
   async #emptyBacklog(): Promise<void> {
     for (let turn = 0, seen = -1; turn < BACKLOG_TURNS && seen !== this.#accepted; turn++) {
       seen = this.#accepted;
@@ -364,7 +365,7 @@ class HttpServer implements Server {
 
   async #end(): Promise<void> {
     await this.#drained.promise;
-    clearInterval(this.#sweeper); // A socket's file went with its listener; by now there may be a successor's.
+    clearInterval(this.#sweeper); // The socket's file is gone with its listener; a new one may be another server's.
     await this.log.close();
   }
 
@@ -373,7 +374,7 @@ class HttpServer implements Server {
   }
 }
 
-/** Options over the defaults of the table; labels resolved, and nothing in them that could break a head apart. */
+/** The options, on top of the defaults. Labels become names of encodings; a field that would break a head is refused. */
 function settingsOf(options: ServeOptions): Settings & { readonly root: string | undefined } {
   const given = Object.entries(options).filter(([, value]) => value !== undefined);
   const settings = { ...DEFAULTS, log: "none", root: undefined, ...Object.fromEntries(given) } as Settings & {
@@ -533,7 +534,7 @@ async function refuseConnection(server: HttpServer, connection: Connection): Pro
     await exchange.send(exchange.answer());
     await connection.end();
   } catch {
-    // It did not wait.
+    // The client did not wait.
   }
 }
 
@@ -635,7 +636,7 @@ class Connection implements Disposable {
     return head;
   }
 
-  /** What came in the place of a head, with as little meaning as possible. */
+  /** What came instead of a head that can be parsed: its text, and what an answer to it needs. */
   takeRefused(): RequestHead {
     const text = latin1(this.#bytes.subarray(this.#start, Math.min(this.#end, this.#start + HEAD_LIMIT)));
     const method = text.startsWith("HEAD ") ? "HEAD" : "GET";
@@ -658,7 +659,7 @@ class Connection implements Disposable {
     this.#round = typeof turn === "number" ? turn : await turn;
     const reading = this.#conn.read(this.#room());
     try {
-      // Who has not begun a request is not told that time is up: the read fails when the connection is closed.
+      // A client that has not begun a request gets no 408: its connection is closed, and the read fails.
       const count = isIdle ? await reading : await this.#interruptible(reading);
       this.#end += count ?? 0;
       if (count !== null || isIdle) return count !== null && this.ending === "no";
@@ -751,12 +752,12 @@ class Connection implements Disposable {
     this.wait("handler");
   }
 
-  /** No further request is read; the client need not expect that. */
+  /** No further request is read, whether or not the client expects that. */
   close(ending: "close" | "linger"): void {
     if (this.ending !== "closed") this.ending = ending;
   }
 
-  /** The sweep found that the wait is over. Whoever kept us waiting with a request is told: 408. */
+  /** The sweep calls this when a wait is over. A client whose request is late gets 408; others are cut off. */
   expire(): void {
     const isLate = this.#waiting === "head" || this.#waiting === "content";
     if (!isLate || this.ending !== "no") return this[Symbol.dispose]();
@@ -1014,7 +1015,7 @@ const CLASSES = Uint8Array.from(
     (byte === SP || byte === HTAB ? IN_SPACE : 0),
 );
 
-/** What a line's end is while it has not come. */
+/** Stands for the end of a line that has not come yet. */
 const INCOMPLETE = Infinity;
 
 /**
@@ -1142,7 +1143,7 @@ function fieldLines({ text }: Pick<RequestHead, "text">): Field[] {
 /** RFC 3986 §3.2: a host that is not empty, with or without a port; or nothing at all. */
 const AUTHORITY = /^(?:(?!\.*(?::|$))(?:[0-9A-Za-z\-._~!$&'()*+,;=%]+|\[[0-9A-Fa-f:.]+\])(?::(?<port>\d{0,5}))?)?$/;
 
-/** An authority in lower case; undefined if this is none. Few are asked for, again and again. */
+/** An authority in lower case; undefined if this is none. Remembered, since the same few come again and again. */
 const authorityOf = remembered((text: string): string | undefined => {
   const match = AUTHORITY.exec(text);
   return match !== null && Number(match[1] ?? 0) <= 65535 ? text.toLowerCase() : undefined;
@@ -1172,7 +1173,7 @@ function parseTarget(method: string, target: string, host: string): Pick<Request
   return { authority: authority || host, path: path === "" && method !== "CONNECT" ? "/" : path, query };
 }
 
-/** RFC 9112 §6.3, without its mercies: any doubt about the length is a 400. */
+/** Stricter than RFC 9112 §6.3: any doubt about the length is a 400. */
 function parseFraming(fields: Pick<RequestHead, "text" | "marks">, minor: 0 | 1): Framing {
   const coding = fieldValue(fields, "transfer-encoding"), length = fieldValue(fields, "content-length");
   if (coding === undefined && length === undefined) return NO_CONTENT;
@@ -1211,7 +1212,7 @@ function parseChunkSize(line: string): number {
 // One request and its answer: refuses what is not for us, finds what it is for, has it answered, sends that, and turns
 // every error into a response.
 
-/** A request as a handler sees it. What costs something is made when it is asked for. */
+/** A request as a handler sees it. Path, query, content and `request` are decoded when they are first used. */
 export interface Incoming {
   /** Method, as it came. */
   readonly method: string;
@@ -1233,7 +1234,7 @@ export interface Incoming {
   readonly charset: string;
   /** Head of the response as it goes, for a stream that shows it; undefined before. */
   readonly responseHead: string | undefined;
-  /** The same as the web's `Request`, for what speaks it: `({ request }) => app.fetch(request)`. */
+  /** The same as a web-standard `Request`, for code that expects one: `({ request }) => app.fetch(request)`. */
   readonly request: Request;
   /** Value of a field, those of several lines joined by commas; undefined if absent. */
   header(name: string): string | undefined;
@@ -1261,7 +1262,7 @@ class Exchange implements Incoming {
   /** When it began, in milliseconds. */
   readonly now = Date.now();
   readonly #connection: Connection;
-  /** Why the request was refused before anybody looked what it wants. */
+  /** Why the request was refused before its head was interpreted. */
   readonly #refusal: unknown;
   readonly #content: RequestContent | undefined;
   #bytes: Promise<Uint8Array<ArrayBuffer>> | undefined;
@@ -1337,7 +1338,7 @@ class Exchange implements Incoming {
     }
   }
 
-  /** Head and content in one piece, for one write; what is kept to be sent again is composed once a second. */
+  /** Head and content in one piece, for one write. That of a kept response is reused until its Date changes. */
   compose(message: WholeMessage): Uint8Array {
     const goesOn = this.#goesOn(), { method, minor } = this.head, { kept } = message, date = this.server.date();
     const kind = (goesOn ? 1 : 0) + minor * 2 + (method === "HEAD" ? 4 : 0);
@@ -1352,7 +1353,7 @@ class Exchange implements Incoming {
   #goesOn(): boolean {
     const isAble = !this.server.draining && (this.#content?.canBeSkipped ?? true);
     if (isAble && this.head.persistent && this.#connection.ending === "no") return true;
-    // Who asked for the end has nothing more to send, but perhaps the content that nobody read.
+    // A client that asked for the end sends nothing more, but perhaps the rest of its content.
     const isExpected = isAble && this.#content === undefined;
     if (this.#connection.ending === "no") this.#connection.close(isExpected ? "close" : "linger");
     return false;
@@ -1368,8 +1369,8 @@ class Exchange implements Incoming {
     let before: Uint8Array = latin1Bytes(text), sent = 0, isMidway = false;
     if (head.method === "HEAD" || hasNoContent(status)) await content.cancel?.();
     else {
-      // The head leaves with the first piece, if that is not long in coming: when it cannot be had, an error
-      // page can still be sent.
+      // The head is sent with the first piece, if that comes soon: if making it fails, an error page can still
+      // be sent instead.
       const pieces = content.read()[Symbol.asyncIterator]();
       try {
         const first = pieces.next();
@@ -1405,7 +1406,7 @@ class Exchange implements Incoming {
     return this.#connection.number;
   }
 
-  /** Name that the client proved itself with, for the log; `-` if none was asked for. */
+  /** Name that the client logged in with, for the log; `-` if none was asked for. */
   get user(): string {
     const { auth } = this.server.settings, credentials = auth.length === 0 ? "" : credentialsOf(this);
     if (!isKnown(credentials, auth)) return "-";
@@ -1527,7 +1528,7 @@ function admit(exchange: Exchange): Message | Promise<Message> | undefined {
 
 const EXPECTS_CONTINUE = /^100-continue$/i;
 
-/** What a preflight of Fetch §3.2.3 wants to hear; the last is for pages of public sites (Private Network Access §3.2). */
+/** The answer to a preflight (Fetch §3.2.3); the last field is for pages of public sites (Private Network Access §3.2). */
 const PREFLIGHT: Readonly<Record<string, string>> = {
   "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, PATCH, DELETE",
   "Access-Control-Allow-Headers": "*, Authorization",
@@ -1751,13 +1752,13 @@ interface Found {
   readonly info: Deno.FileInfo;
 }
 
-/** What a place is thought to cost besides the responses that are kept with it, in bytes. */
+/** Estimated size of a place without the responses that are kept with it, in bytes. */
 const PLACE_SIZE = 4096;
-/** Longest that a folder's word is taken for what is missing in it, in milliseconds. */
+/** Longest that a file is believed to be missing because its folder has not changed, in milliseconds. */
 const LONGEST_ABSENCE = 10_000;
 /** Longest that something is believed without another look, in milliseconds. */
 const LONGEST_LIFETIME = 100;
-/** What is believed so much of the time since it last changed: RFC 9111 §4.2.2 calls that heuristic freshness. */
+/** For this share of the time since it last changed, something is believed (RFC 9111 §4.2.2, heuristic freshness). */
 const LIFETIME_SHARE = 0.01;
 /** Time within which a second change may not show, in milliseconds: Deno gives the time of the last change in seconds. */
 const GRANULARITY = 1050;
@@ -1851,7 +1852,7 @@ function folderWithout(path: string): Deno.FileInfo | undefined {
   return isThere && statOf(path) === undefined ? info : undefined;
 }
 
-/** For how long it is believed that something is as it was, that changed so long ago; both in milliseconds. */
+/** How long something is believed to be unchanged that last changed so long ago; both in milliseconds. */
 function lifetimeOf(age: number): number {
   return Math.min(LONGEST_LIFETIME, Math.max(0, (age - GRANULARITY) * LIFETIME_SHARE));
 }
@@ -1936,7 +1937,7 @@ function findPath(exchange: Exchange, site: Site, evidence: Evidence): Resource 
 /** Most charsets that a path is read in, besides those that are in force. */
 const PATH_READINGS = 6;
 
-/** What a path may read as: UTF-8, or in the charset in force, or as old links are: in what makes it the most ordinary text. */
+/** What a path may read as: UTF-8, the charset in force, or, in old links, the charsets that make it the most ordinary text. */
 function readingsOfPath({ head: { path }, charset, server }: Exchange): ReadonlySet<string> {
   const { sourceCharset } = server.settings, bytes = percentDecode(path);
   if (isPlain(path)) return new Set([path]);
@@ -2010,15 +2011,15 @@ interface FileFound {
   readonly time: number;
   /** Until when another change might not show in its times, in milliseconds. */
   readonly settles: number;
-  /** Whether that does not matter, or is over since it was last read. */
+  /** Whether that time was over when the file was last read, or does not matter. */
   isSettled: boolean;
   /** Differs between any two files, and any two states of one that show. */
   readonly tag: string;
-  /** Of its content, if it was read before it was settled: tells it from what was there, and did not show. */
+  /** Of its content, if that was read before it was settled: tells two states apart that have the same times. */
   digest?: string;
   /** What it was found by; the compressed one beside it is looked for later. */
   readonly evidence: Evidence;
-  /** What it is, once that was looked into. */
+  /** What it is, once its content was looked at. */
   nature?: Nature | undefined;
   /** Its bytes, while they are being read. */
   reading?: Promise<Opened> | undefined;
@@ -2043,7 +2044,7 @@ function isTimeSet({ mtime, ctime }: Deno.FileInfo): boolean {
 function describeFile(path: string, name: string, info: Deno.FileInfo, evidence: Evidence): FileFound {
   const now = Date.now(), { size } = info, changed = changeTime(info, now);
   const settles = changed + (info.ctime === null ? RACY_TIME : GRANULARITY);
-  // Nobody writes a large file twice within a tick of the clock: there, only times that were set by hand say too little.
+  // Writing a large file takes longer than a tick of the clock: its times tell states apart, unless they were set by hand.
   const isSettled = now >= settles || size > BUFFERED_LIMIT && !isTimeSet(info);
   const state = [info.ino, info.birthtime?.getTime(), info.mtime?.getTime(), info.ctime?.getTime(), size, info.dev];
   const tag = state.map((number) => (number ?? 0).toString(36)).join("-");
@@ -2325,7 +2326,7 @@ interface Entry<V> {
   readonly size: number;
 }
 
-/** A cache of things with sizes. What was not asked for while half of it filled up goes, all at once. */
+/** A cache with a limit in bytes. What was not asked for while half of it filled up is dropped, all at once. */
 class Cache<V> {
   readonly #limit: number;
   #recent = new Map<string, Entry<V>>();
@@ -2365,7 +2366,7 @@ class Cache<V> {
   }
 }
 
-/** What a file is, once that was looked into. */
+/** What a file is, once its content was looked at. */
 interface Nature {
   /** Media type. */
   readonly type: string;
@@ -2380,7 +2381,7 @@ interface Nature {
 /** A file as it will be sent: in which charset and coding, and whose bytes. */
 interface Variant {
   readonly encoding: string | undefined;
-  /** The same, if it is sure enough to be said. */
+  /** The charset to declare: `encoding`, if that is sure enough. */
   readonly label: string | undefined;
   /** Whether a byte-order mark is put before it. */
   readonly hasMark: boolean;
@@ -2839,7 +2840,7 @@ function detectedEncoding(
   return { encoding: best.encoding, isSure: isSure(readings) };
 }
 
-/** Codings that a client accepts no less than the bytes as they are, best first (RFC 9110 §12.5.3). */
+/** Codings that a client accepts, unless it prefers the bytes uncompressed; best first (RFC 9110 §12.5.3). */
 const acceptedCodings = remembered((accept: string | undefined): readonly Coding[] => {
   if (accept === undefined) return [];
   const qualities = parseAccept(accept);
@@ -2997,7 +2998,7 @@ function parseRange(value: string, length: number): ByteRange[] | undefined {
   const ranges: ByteRange[] = [], specs = set === undefined ? [] : parseList(set);
   if (specs.length === 0 || specs.length > RANGE_LIMIT) return undefined;
   for (const spec of specs) {
-    // More digits than a number holds are more than there are bytes.
+    // A number too large to be exact lies beyond the end of any file: rounding does no harm.
     const [, first, last] = /^(\d*)-(\d*)$/.exec(spec) ?? [];
     if (first === undefined || last === undefined || first + last === "") return undefined;
     const isSuffix = first === "", start = isSuffix ? Math.max(0, length - Number(last)) : Number(first);
