@@ -3189,7 +3189,7 @@ const CRLF = new TextEncoder().encode("\r\n"), LAST_CHUNK = new TextEncoder().en
 // only UTF-8, so an encoder is made from the platform's decoder when it is first needed: decode every
 // byte sequence, note which character came out, and look characters up in what was noted.
 //
-// An encoder is not quite its decoder turned round, and each exception is written down where it is
+// An encoder is not exactly the inverse of its decoder, and each exception is written down where it is
 // made: sequences that are read but never written, characters with several sequences, characters
 // written without being read back (Encoding §9 to §14).
 
@@ -3314,7 +3314,7 @@ function encodeText(text: string, encoding: string, mode: Unmappable, carry?: Ca
   return { bytes: writer.bytes.subarray(0, writer.length), lost: writer.lost };
 }
 
-/** What encoders write into: bytes that grow, and the answer to what the charset lacks. */
+/** What encoders write into: a buffer that grows, and what becomes of characters that the charset lacks. */
 class Writer {
   bytes: Uint8Array<ArrayBuffer>;
   length = 0;
@@ -3365,8 +3365,8 @@ function writeTable(text: string, repertoire: Repertoire, writer: Writer): void 
   }
 }
 
-// These two loops are what encoding costs. They know nothing of what is rare, so that they stay fast whatever came
-// before. Each returns where it met a unit that its table lacks.
+// Encoding spends its time in these two loops. Rare characters are left to other functions, so that the loops stay
+// fast. Each returns where it met a unit that its table lacks.
 
 function writeSingles(text: string, at: number, table: Uint8Array | Uint16Array, writer: Writer): number {
   const { bytes } = writer, end = text.length;
@@ -3510,9 +3510,9 @@ function singleByteRepertoire(encoding: string): Repertoire {
 }
 
 /**
- * What all pairs of these lead and trail bytes decode to, turned round. They are decoded in one call,
+ * What all pairs of these lead and trail bytes decode to, inverted. They are decoded in one call,
  * a line feed behind each, since an undefined pair may yield two characters: no trail byte is a line
- * feed, so a decoder always finds its feet there. Of several pairs the first wins, or the last where
+ * feed, so there a decoder always begins anew. Of several pairs the first wins, or the last where
  * `lastWins` says so.
  */
 function pairs(encoding: string, leads: readonly number[], trails: readonly number[], lastWins = "") {
@@ -3666,7 +3666,7 @@ function isLikelierUtf8(bytes: Uint8Array, charset: string): boolean {
   return best === undefined || best.encoding === "utf-8";
 }
 
-/** Whether text from the wire stands for itself. */
+/** Whether text from the wire needs no decoding: it is ASCII, and nothing in it is percent-encoded. */
 function isPlain(text: string): boolean {
   return !/[%\x80-\xff]/.test(text);
 }
@@ -3922,7 +3922,7 @@ function tellingBytes(bytes: Uint8Array): Uint8Array {
   for (let i = 0; i < runs.length && length < SAMPLE; i += step) {
     const run = runs[Math.trunc(i)]!;
     sample.set(run, length);
-    // Every decoder finds its feet at a line feed.
+    // At a line feed, every decoder begins anew.
     sample[(length += run.length + 1) - 1] = 0x0a;
   }
   return sample.subarray(0, length);
@@ -4285,7 +4285,7 @@ function mixUpBits(written: Candidate, read: Candidate): number {
   return MIX_UP + written.rarity + read.rarity + (isUsual ? 0 : UNUSUAL);
 }
 
-/** Bytes, as Latin-1, in pieces between those lost. */
+/** The bytes behind a text, as Latin-1, split where bytes were lost. */
 type Pieces = readonly string[];
 
 /** The bytes that may be behind a text, with the encodings that would read them so. */
@@ -4367,7 +4367,7 @@ interface Meaning {
   readonly bits: number;
 }
 
-/** What bytes may have been meant as. */
+/** The texts that bytes may have been. */
 function meanings(pieces: Pieces, written: Candidate): readonly Meaning[] {
   const { encoding } = written;
   if (pieces.length > 1) {
@@ -4463,7 +4463,7 @@ function otherThanMixUps(text: string): Diagnosis[] {
 }
 
 // ── Media types ──────────────────────────────────────────────────────────────────────────────────
-// What a thing is follows from the end of its name, or from a look into it; what charset it may have, from what it is.
+// A file's type follows from its extension, or from a look into it; the charsets it may be in, from its type.
 
 /** Media types, each with the extensions that mean it. Source code is text to be read. */
 const mediaTypes = lazily((): ReadonlyMap<string, string> =>
@@ -4552,7 +4552,7 @@ const TEXT_TYPE = /^(?:text\/.*|application\/(?:xml|sql|x-subrip|x-sh)|audio\/x-
 /** Types whose Content-Type has no charset parameter by definition. */
 const UNLABELLED_TYPE = /json[5c]?$|^text\/event-stream$|^application\/(?:toml|yaml)$/;
 const MARKUP_TYPE = /^text\/html$|xml$/;
-/** Types that are no text and yet become shorter. */
+/** Types that are no text, but worth compressing. */
 const COMPRESSIBLE_TYPE =
   /^(?:application\/(?:wasm|rtf|vnd\.ms-fontobject)|font\/(?:ttf|otf|collection)|image\/(?:bmp|vnd\.microsoft\.icon)|audio\/midi|model\/gltf-binary|message\/rfc822)$/;
 
@@ -4829,7 +4829,7 @@ async function readPage(server: HttpServer, path: string, asked: ListingQuery) {
     const folder = statOf(path), listed = await readFolder(server, site, path).catch(absence);
     if (folder === undefined || listed === undefined) throw new HttpError(404, "There is nothing here any more");
     const entries = await describePage(server, site, path, listed, asked);
-    // Whoever swaps the folder for a link must not have us tell what is elsewhere.
+    // If the folder was swapped for a link meanwhile, nothing from elsewhere may be shown.
     const shown = entries.filter(({ name }) => !listed.links.has(name));
     const isShown = (found: Deno.FileInfo) => {
       const entry = shown[Math.floor(Math.random() * shown.length)], info = entry && statOf(entry.real);
@@ -5036,7 +5036,7 @@ const SEARCHED_FILE = 16 * 1024 * 1024;
 const SEARCHED_PIECE = 64 * 1024;
 /** Most searches at once, and longest that the next one waits, in milliseconds. */
 const SEARCHES = 2, SEARCH_PATIENCE = 5000;
-/** Results leave together that are found in this time; after that much silence, something does, in milliseconds. */
+/** Results found within this time are sent together; after that much silence, white space is sent. In milliseconds. */
 const SEARCH_PACE = 100, SEARCH_SILENCE = 1000;
 /** What is shown of a line, and what of that stands before the first word, in UTF-16 code units. */
 const SNIPPET_LENGTH = 160, SNIPPET_START = 40;
@@ -5125,7 +5125,7 @@ async function* searchPieces(
     if (hit !== undefined) text += form.result(hit, search.results++);
     const now = performance.now();
     if (now - told < (text === "" ? SEARCH_SILENCE : SEARCH_PACE)) continue;
-    // White space says nothing, but whether the client is still there.
+    // White space shows nothing, but sending it tells whether the client is still there.
     yield encoded(text || "\n");
     [text, told] = ["", now];
   }
@@ -5214,7 +5214,7 @@ async function searchText(search: Search, path: string, name: string) {
   return line && { entry, line };
 }
 
-/** What the place of a file that nobody asked for is found by. */
+/** For files that are only searched: nothing is kept of them. */
 const NO_EVIDENCE: Evidence = { key: "", places: new Cache(0), looks: [], since: 0, looked: 0, changed: 0 };
 
 async function findLine(
@@ -5252,7 +5252,7 @@ async function* blocksOf(
   pieces: AsyncIterable<Uint8Array>,
   { type, encoding }: Nature,
 ): AsyncGenerator<string> {
-  // ASCII is ASCII, in whatever it is.
+  // Of text in an unknown charset, the ASCII can be searched.
   const decoder = new TextDecoder(encoding ?? "windows-1252");
   const visible = MARKUP_TYPE.test(type) ? markupReader() : (text: string) => text;
   let rest = "";
@@ -5269,7 +5269,7 @@ async function* blocksOf(
 interface Scan {
   /** Words that were not met yet. */
   readonly missing: Set<string>;
-  /** How many lines are behind us. */
+  /** How many lines have been searched. */
   lines: number;
   /** The first line with most of the words, and how many it has. */
   line: TextLine | undefined;
@@ -5282,7 +5282,7 @@ function scanBlock(words: readonly string[], scan: Scan, block: string): void {
     const at = folded.indexOf(word);
     if (at < 0) continue;
     scan.missing.delete(word);
-    // Folding leaves lines as they are.
+    // Folding keeps line feeds.
     const start = folded.lastIndexOf("\n", at) + 1, index = countLines(folded.slice(0, start));
     const line = lineOf(block, index), whole = fold(line), most = words.filter((word) => whole.includes(word)).length;
     if (most <= scan.most) continue;
@@ -5321,17 +5321,17 @@ function excerpt(line: string, index: number): string {
 
 /** One form for all texts that are the same but for case, width, and the form of Unicode (UAX 15, NFKC). */
 function fold(text: string): string {
-  // By way of capitals ß is ss, and dotless i is i; the other s of Greek, and the dot of a capital İ, are left.
+  // Upper case turns ß into SS, and dotless ı into I; the final ς of Greek, and the dot of İ, need their own rules.
   return text.normalize("NFKC").toUpperCase().toLowerCase().replaceAll("ς", "σ").replaceAll("i\u0307", "i");
 }
 
-/** Elements that end no word. */
+/** Elements that may stand within a word. */
 const INLINE_ELEMENTS: ReadonlySet<string> = new Set(
   `a abbr b bdi bdo big cite code del dfn em font i ins kbd mark nobr q rb ruby s samp small span strike strong sub sup
   tt u var wbr`.split(/\s+/),
 );
 
-/** What is no text in HTML and XML, or stands for a character. What ends with an empty group may go on behind its end. */
+/** Markup and character references of HTML and XML. A match with an empty group is cut: it may go on in the next piece. */
 const MARKUP_TOKEN = new RegExp(
   [
     /<!\[CDATA\[|\]\]>/,
@@ -5561,7 +5561,7 @@ async function readForm(incoming: Incoming): Promise<SentForm> {
   if (incoming.method !== "POST") return { fields: incoming.query, file: undefined };
   const type = incoming.header("content-type") ?? "";
   if (essenceOf(type) !== "multipart/form-data") return { fields: await incoming.form(), file: undefined };
-  // The platform reads a form's text as UTF-8: given a character for each byte, it leaves the bytes as they are.
+  // The platform reads a form's text as UTF-8: written as one character each, the bytes come through unchanged.
   const content = UTF8_ENCODER.encode(latin1(await incoming.bytes()));
   const form = await new Response(content, { headers: { "Content-Type": type } }).formData().catch((cause) => {
     throw new HttpError(400, `Cannot parse the form: ${(cause as Error).message}`);
@@ -6006,7 +6006,7 @@ const REASONS: Readonly<Record<number, string>> = {
 };
 
 /**
- * An answer that is not the one hoped for. Any stage, and any handler, may throw it; the connection
+ * An error that is an answer, such as 404. Any stage, and any handler, may throw it; the connection
  * turns it into a small page. The message is shown to the client.
  */
 export class HttpError extends Error {
@@ -6029,7 +6029,7 @@ export class HttpError extends Error {
   }
 }
 
-/** A request that cannot be told from the next one: answered, and the connection closed. */
+/** Nobody can say where the request ends and the next one begins: it is answered, and the connection closed. */
 class FramingError extends HttpError {}
 
 function describe(error: unknown): string {
@@ -6106,12 +6106,12 @@ function essenceOf(contentType: string): string {
   return trimSpace(contentType.split(";", 1)[0]!).toLowerCase();
 }
 
-/** Text with what markup would take for its own made harmless. */
+/** Text with the characters escaped that mean something in markup. */
 function escapeMarkup(text: string): string {
   return text.replace(/[&<>"']/g, (character) => `&#${character.charCodeAt(0)};`);
 }
 
-/** Text that is safe on a terminal and in one line of a log: no control characters, nothing that turns it about. */
+/** Text that is safe on a terminal and in one line of a log: no control characters, none that change its direction. */
 function escapeControls(text: string): string {
   // deno-lint-ignore no-control-regex
   return text.replace(/[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]/g, (character) => {
@@ -6151,7 +6151,7 @@ function writeLatin1(text: string, bytes: Uint8Array): void {
   for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
 }
 
-/** In bytes. As long as one cut of it is in use, all of it is. */
+/** Size of a shared buffer, in bytes. All of it stays in memory as long as any part of it is in use. */
 const SLAB_SIZE = 32 * 1024;
 /** Small buffers are cut from a larger one, since each of its own would cost more than what is written into it. */
 let slab = new Uint8Array(0);
@@ -6175,7 +6175,7 @@ function concat(parts: readonly Uint8Array[]): Uint8Array<ArrayBuffer> {
 /** Most results that `remembered` keeps. */
 const REMEMBERED = 256;
 
-/** The same function, which remembers its last results: for what few clients say differently. */
+/** The same function, but it remembers its last results: for values that most clients send alike. */
 function remembered<A, T>(make: (argument: A) => T): (argument: A) => T {
   const made = new Map<A, T>();
   return (argument) => {
@@ -6188,7 +6188,7 @@ function remembered<A, T>(make: (argument: A) => T): (argument: A) => T {
   };
 }
 
-/** A text that keeps nothing else in memory: a part of another one would keep that. */
+/** A copy of a text: a part of a longer one would keep all of that in memory. */
 function copyOf(text: string): string {
   return UTF8_DECODER.decode(UTF8_ENCODER.encode(text));
 }
@@ -6200,7 +6200,7 @@ function lazily<T>(make: () => T): () => T {
 }
 
 // ── Log ──────────────────────────────────────────────────────────────────────────────────────────
-// What happened, a line each, written beside the answers and not before them.
+// A line for each thing that happened. Lines are gathered and written together: no answer waits for the log.
 
 /** Most text of the log that waits for a slow reader, in characters; what comes then is counted and dropped. */
 const LOG_LIMIT = 4 * 1024 * 1024;
@@ -6211,7 +6211,7 @@ const DETECTIONS = 1000;
 /** For how long lines are gathered, in milliseconds. */
 const LOG_INTERVAL = 50;
 
-/** Gathers lines and writes them together, whole lines at a time, beside the answers and not before them. */
+/** Gathers lines and writes them together, whole lines at a time, while answers go on. */
 class Log {
   readonly #form: Settings["log"];
   readonly #write: (lines: string) => void | Promise<unknown>;
@@ -6312,9 +6312,9 @@ class Log {
   }
 }
 
-/** A head, a line each: `>` from the client, `<` to it. What a client proves itself with is nobody else's business. */
+/** A head, a line each: `>` from the client, `<` to it. Passwords are not shown. */
 function wireLines(connection: number, direction: string, head: string): string {
-  // Also of a head that is refused, with a space before the colon, or a value that goes on.
+  // Not in a refused head either, where a space may stand before the colon, and a value go on in the next line.
   const shown = head.replace(/^((?:proxy-)?authorization[ \t]*:).*(?:\r?\n[ \t].*)*/gim, "$1 ***");
   return shown.replace(/\r\n$/, "").split("\r\n").map((line) => `[${connection}] ${direction} ${escapeWire(line)}\n`)
     .join("");
@@ -6435,7 +6435,7 @@ interface Option {
   readonly initial?: unknown;
   /** May be given several times: its values make a list, or one record. */
   readonly many?: "list" | "record";
-  /** What it does nothing without, and what it contradicts: other options, or ROOT. */
+  /** What it has no effect without, and what it contradicts: other options, or ROOT. */
   readonly needs?: string;
   readonly excludes?: readonly string[];
   /** What was typed must not be shown to anybody. */
@@ -6690,7 +6690,7 @@ interface ArgumentsPackage {
 async function splitArguments(args: readonly string[]): Promise<Typed> {
   const { promise: late, resolve } = Promise.withResolvers<undefined>();
   const timer = setTimeout(() => resolve(undefined), PACKAGE_PATIENCE);
-  // In two pieces: Deno fetches what it reads in one before the first line runs, and waits for the network.
+  // The name is put together here: a literal one Deno would fetch before the first line runs, and wait for the network.
   const module = "parse-args", loading = import(`jsr:@std/cli@^1/${module}`).catch(() => undefined);
   const loaded: ArgumentsPackage | undefined = await Promise.race([loading, late]);
   clearTimeout(timer);
@@ -6713,7 +6713,7 @@ function splitByNode({ parseArgs }: typeof import("node:util"), args: readonly s
 function splitByPackage({ parseArgs }: ArgumentsPackage, args: readonly string[]): Typed {
   const options: [string, string][] = [];
   const { _: words } = parseArgs(attachValues(args), {
-    // Told of every option that it does not know: of all. Of `--no-listing=x` and `--body=` it would make other keys.
+    // Called for each option, since the package was told of none. Its key for `--no-listing=x` or `--body=` is another.
     unknown(argument, key, value) {
       const flag = argument.startsWith("--") ? argument.replace(/(?<=.{3})=.*/s, "") : `-${key}`;
       options.push([flag, typeof value === "string" ? value : ""]);
@@ -6843,7 +6843,7 @@ async function main(args: readonly string[]): Promise<void> {
     if (settings.help) console.log(helpText());
     else if (settings.version) console.log(`charserve ${VERSION} (Deno ${Deno.version.deno})`);
     else await run(settings);
-    // To come to an end would not do: a package that never arrives keeps the process waiting for it.
+    // Without this, a package that never arrives would keep the process running.
     Deno.exit(0);
   } catch (error) {
     console.error(`charserve: ${escapeControls(explainFailure(error, settings))}`);
