@@ -355,7 +355,7 @@ class HttpServer implements Server {
     if (this.#connections.size === 0) this.#drained.resolve();
   }
 
-  /** Waits until no client has come for a moment: closing a listener resets the connections that wait to be accepted. */
+  /** Waits until no client has come for a moment: closing a listener resets connections that wait to be accepted. */
   async #emptyBacklog(): Promise<void> {
     for (let turn = 0, seen = -1; turn < BACKLOG_TURNS && seen !== this.#accepted; turn++) {
       seen = this.#accepted;
@@ -374,7 +374,7 @@ class HttpServer implements Server {
   }
 }
 
-/** The options, on top of the defaults. Labels become names of encodings; a field that would break a head is refused. */
+/** The options, on top of the defaults. Labels become encodings' names; fields that would break a head are refused. */
 function settingsOf(options: ServeOptions): Settings & { readonly root: string | undefined } {
   const given = Object.entries(options).filter(([, value]) => value !== undefined);
   const settings = { ...DEFAULTS, log: "none", root: undefined, ...Object.fromEntries(given) } as Settings & {
@@ -1701,7 +1701,7 @@ function describeMethods(exchange: Exchange): Resource {
   const allow = [...allowed, "OPTIONS"].join(", ");
   if (method === "OPTIONS" && (allowed.size > 0 || isAsterisk)) return { kind: "methods", allow };
   if (!KNOWN_METHODS.includes(method)) throw new HttpError(501, "This method is not implemented");
-  if (allowed.size === 0 && method !== "CONNECT" && method !== "TRACE") throw new HttpError(404, "There is nothing here");
+  if (allowed.size === 0 && method !== "CONNECT" && method !== "TRACE") throw new HttpError(404, "Nothing was found");
   throw new HttpError(405, "This method is not allowed here", [["Allow", allow]]);
 }
 
@@ -1773,7 +1773,7 @@ function locateFile(exchange: Exchange): Resource {
   const isPage = typeOfExtension(percentDecodeText(path, "utf-8"), server.settings.type) === undefined;
   const page = fallback === undefined || !isPage ? undefined : placeOfName(server, fallback, 200);
   const instead = page ?? placeOfName(server, "404.html", 404);
-  if (instead === undefined) throw new HttpError(404, "There is nothing here");
+  if (instead === undefined) throw new HttpError(404, "Nothing was found");
   return instead;
 }
 
@@ -1937,7 +1937,7 @@ function findPath(exchange: Exchange, site: Site, evidence: Evidence): Resource 
 /** Most charsets that a path is read in, besides those that are in force. */
 const PATH_READINGS = 6;
 
-/** What a path may read as: UTF-8, the charset in force, or, in old links, the charsets that make it the most ordinary text. */
+/** What a path may read as: UTF-8, the charset in force, or the charsets in which an old link is the most ordinary text. */
 function readingsOfPath({ head: { path }, charset, server }: Exchange): ReadonlySet<string> {
   const { sourceCharset } = server.settings, bytes = percentDecode(path);
   if (isPlain(path)) return new Set([path]);
@@ -2231,7 +2231,7 @@ function addVary(fields: Field[], name: string): void {
 /** The answer that says what went wrong, as a small page. */
 function errorMessage({ server, head }: Exchange, error: unknown): WholeMessage {
   const isExpected = error instanceof HttpError;
-  const { status, message, fields } = isExpected ? error : new HttpError(500, "The server failed to answer this request");
+  const { status, message, fields } = isExpected ? error : new HttpError(500, "The server failed to answer");
   const charset = server.settings.charset ?? "utf-8", title = `${status} ${REASONS[status] ?? "Error"}`;
   const said = escapeControls(message), sentence = /[.?!]$/.test(said) ? said : `${said}.`;
   return {
@@ -2687,7 +2687,7 @@ async function openFile(server: HttpServer, path: string): Promise<Deno.FsFile> 
     // Another may have taken its place meanwhile, as it should be.
     file.close();
   }
-  throw new HttpError(404, "There is nothing here any more");
+  throw new HttpError(404, "It is not there any more");
 }
 
 /** Opens a file; undefined if there is none, or if that takes too long, as it does with a pipe that nobody writes to. */
@@ -4827,7 +4827,7 @@ async function readPage(server: HttpServer, path: string, asked: ListingQuery) {
   const site = server.site();
   for (let attempt = 0; attempt < LISTING_ATTEMPTS; attempt++) {
     const folder = statOf(path), listed = await readFolder(server, site, path).catch(absence);
-    if (folder === undefined || listed === undefined) throw new HttpError(404, "There is nothing here any more");
+    if (folder === undefined || listed === undefined) throw new HttpError(404, "It is not there any more");
     const entries = await describePage(server, site, path, listed, asked);
     // If the folder was swapped for a link meanwhile, nothing from elsewhere may be shown.
     const shown = entries.filter(({ name }) => !listed.links.has(name));
@@ -6857,7 +6857,7 @@ async function run(settings: CommandLine): Promise<void> {
   stopOnSignal(server);
   console.log(urlsOf(server.addr, settings.cert !== undefined).join("\n"));
   if (isAnyAddress(server.addr) && ownAddresses() === undefined) {
-    console.error("charserve: other machines need the address of this one; with --allow-sys=networkInterfaces it is shown here");
+    console.error("charserve: other machines need this one's address: add --allow-sys=networkInterfaces to see it");
   }
   await server.finished;
 }
