@@ -1517,7 +1517,7 @@ function admit(exchange: Exchange): Message | Promise<Message> | undefined {
   }
   if (!server.answersTo(exchange.authority)) {
     const host = escapeControls(exchange.authority.replace(/:\d*$/, "").slice(0, 100));
-    throw new HttpError(421, `This server does not answer to that name: start it with --allow-host ${host} to allow it`);
+    throw new HttpError(421, `This server does not answer to that name: start it with --allow-host ${host} for that`);
   }
   if (cors && method === "OPTIONS" && exchange.header("access-control-request-method") !== undefined) {
     return representContent(exchange, { status: 204, headers: PREFLIGHT });
