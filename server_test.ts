@@ -1746,6 +1746,15 @@ for (const [says, target, fields, options, expected] of NOT_FOUND) {
   });
 }
 
+Deno.test("locateFile() answers what is not found with a 404.html of any size, and with parts of a fallback", async () => {
+  const page = "<p>" + "a".repeat(1_100_000);
+  await using server = await serveTree({ "404.html": page, "index.html": page }, { fallback: "index.html" });
+  const reply = await getAndHead(server, "/nowhere.js", "Range: bytes=0-1", "Accept-Encoding: gzip");
+  assertEquals([reply.status, reply.content.length, reply.fields.has("etag")], [404, page.length, false]);
+  const part = await ask(server, get("/no/where", "Range: bytes=0-2"));
+  assertEquals([part.status, textOf(part)], [206, "<p>"]);
+});
+
 Deno.test("locateFile() finds 404.html by its name: 200", async () => {
   await using server = await serveTree(MISSING);
   for (const target of ["/404.html", "/404"]) {
@@ -4298,6 +4307,8 @@ const FILES_SERVED: readonly [says: string, args: string[], target: string, stat
   ["a folder without listings", ["--no-listing", "PATH/site"], "/", 403],
   ["hidden files", ["--dotfiles", "PATH/site"], "/.hidden", 200, "secret"],
   ["a fallback", ["--fallback", "b.html", "PATH/site"], "/nowhere", 200, "<p>b"],
+  ["nobody without a password", ["--auth", "joe:s3cret", "PATH/site"], "/a.txt", 401],
+  ["a page without its extension", ["--type", ".html=text/x-page", "PATH/site"], "/b", 200, "<p>b"],
 ];
 
 for (const [says, args, target, status, text] of FILES_SERVED) {
