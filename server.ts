@@ -5033,6 +5033,8 @@ const SEARCH_RESULTS = 1000, SEARCH_TIME = 10_000;
 const SEARCHED_FILE = 16 * 1024 * 1024;
 /** Text is read and looked at in pieces of this size, in bytes. */
 const SEARCHED_PIECE = 64 * 1024;
+/** Files that are open at once, for one search. */
+const SEARCHED_AHEAD = 4;
 /** Most searches at once, and longest that the next one waits, in milliseconds. */
 const SEARCHES = 2, SEARCH_PATIENCE = 5000;
 /** Results leave together that are found in this time; after that much silence, something does, in milliseconds. */
@@ -5171,24 +5173,48 @@ function stopReason({ results, started }: Search): string | undefined {
  */
 async function* searchBelow(search: Search, root: string): AsyncGenerator<Hit | undefined> {
   const { server, site } = search, folders = new Map<string, readonly string[]>([[root, []]]);
-  for (const [real, path] of folders) {
+  for (const [folder, path] of folders) {
     // What cannot be read is passed over.
-    const listed = await readFolder(server, site, real).catch(() => undefined);
+    const listed = await readFolder(server, site, folder).catch(() => undefined),
+      looks: Promise<Hit | undefined>[] = [];
     if (listed === undefined) continue;
     for (const [i, name] of [...listed.folders, ...listed.files].entries()) {
       if (stopReason(search) !== undefined) return;
-      if (++search.names % LISTING_SLICE === 0) await new Promise((resolve) => setTimeout(resolve));
-      const link = listed.links.get(name), below = [...path, name];
-      const found = link?.real ?? pathBelow({ ...site, path: real }, name);
-      if (i < listed.folders.length && !folders.has(found)) folders.set(found, below);
-      const hit = search.inText && i >= listed.folders.length ? await searchText(search, found, name) : undefined;
-      if (hit === undefined && !hasAll(fold(name), search.words)) yield undefined;
-      else {
-        const entry = hit?.entry ?? link ?? describeEntry(server, site, real, name, false);
-        yield entry && isThere(server, entry) ? { path: below, entry, line: hit?.line } : undefined;
-      }
+      const isFolder = i < listed.folders.length, below = [...path, name], link = listed.links.get(name);
+      const real = link?.real ?? pathBelow({ ...site, path: folder }, name);
+      if (isFolder && !folders.has(real)) folders.set(real, below);
+      looks.push(isFolder ? searchName(search, below, real, link) : searchFile(search, below, real, link));
+      // To wait for each before the next is opened would take longer than to look at it.
+      if (looks.length === SEARCHED_AHEAD) yield await looks.shift();
     }
+    for (const look of looks) yield await look;
   }
+}
+
+/** Whether a name has all the words. */
+async function searchName(
+  search: Search,
+  path: readonly string[],
+  real: string,
+  link: FolderEntry | undefined,
+): Promise<Hit | undefined> {
+  const name = path.at(-1)!;
+  if (++search.names % LISTING_SLICE === 0) await new Promise((resolve) => setTimeout(resolve));
+  if (!hasAll(fold(name), search.words)) return undefined;
+  const info = link?.info ?? statOf(real), entry = info && entryOf(name, real, info);
+  return entry && isThere(search.server, entry) ? { path, entry } : undefined;
+}
+
+/** Whether a file's text has all the words, or else its name. What cannot be read is passed over. */
+async function searchFile(
+  search: Search,
+  path: readonly string[],
+  real: string,
+  link: FolderEntry | undefined,
+): Promise<Hit | undefined> {
+  const hit = search.inText ? await searchText(search, path, real).catch(() => undefined) : undefined;
+  const named = await searchName(search, path, real, link);
+  return hit !== undefined && isThere(search.server, hit.entry) ? hit : named;
 }
 
 /** Whether something found is in its place, and no link led there while it was looked at. */
@@ -5200,17 +5226,17 @@ function hasAll(folded: string, words: readonly string[]): boolean {
   return words.every((word) => folded.includes(word));
 }
 
-/** The line of a file's text that has most of the words, if all of them are in the text. */
-async function searchText(search: Search, path: string, name: string) {
-  const { type } = typeOfName(name, search.server.settings.type);
+/** A file, and the line of its text that has most of the words, if all of them are in the text. */
+async function searchText(search: Search, path: readonly string[], real: string): Promise<Hit | undefined> {
+  const name = path.at(-1)!, { type } = typeOfName(name, search.server.settings.type);
   // What is no text by its name is not even opened.
   if (type !== undefined && type !== "video/mp2t" && charsetRule(type) === "none") return undefined;
-  using file = await openInTime(path).catch(() => undefined);
-  const info = await file?.stat(), entry = info && entryOf(name, path, info);
+  using file = await openInTime(real);
+  const info = await file?.stat(), entry = info && entryOf(name, real, info);
   if (file === undefined || entry === undefined || entry.isFolder) return undefined;
   if (entry.size > SEARCHED_FILE) search.large++;
   const line = entry.size > SEARCHED_FILE ? undefined : await findLine(search, file, entry);
-  return line && { entry, line };
+  return line && { path, entry, line };
 }
 
 /** What the place of a file that nobody asked for is found by. */
@@ -5318,10 +5344,15 @@ function excerpt(line: string, index: number): string {
   return (start > 0 ? "…" : "") + cut.replace(/[\s\p{Cc}]+/gu, " ").trim() + (end < line.length ? "…" : "");
 }
 
+/** What is written in small letters, but is made large and small again not the same: ß is ss then, and ς is σ. */
+const OTHERWISE_FOLDED = /[ßı\u01f0\u0345\u0390\u03b0ς\u1c80-\u1c88\u1e96-\u1e99\u1f50-\u1ffc]/g;
+
 /** One form for all texts that are the same but for case, width, and the form of Unicode (UAX 15, NFKC). */
 function fold(text: string): string {
-  // By way of capitals ß is ss, and dotless i is i; the other s of Greek, and the dot of a capital İ, are left.
-  return text.normalize("NFKC").toUpperCase().toLowerCase().replaceAll("ς", "σ").replaceAll("i\u0307", "i");
+  return text.normalize("NFKC").toLowerCase()
+    .replace(OTHERWISE_FOLDED, (letter) => letter.toUpperCase().toLowerCase())
+    // Turkish writes a dot on the capital, too.
+    .replaceAll("i\u0307", "i");
 }
 
 /** Elements that end no word. */
