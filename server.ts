@@ -5036,8 +5036,6 @@ const SEARCH_RESULTS = 1000, SEARCH_TIME = 10_000;
 const SEARCHED_FILE = 16 * 1024 * 1024;
 /** Text is read and looked at in pieces of this size, in bytes. */
 const SEARCHED_PIECE = 64 * 1024;
-/** Files that are open at once, for one search. */
-const SEARCHED_AHEAD = 4;
 /** Most searches at once, and longest that the next one waits, in milliseconds. */
 const SEARCHES = 2, SEARCH_PATIENCE = 5000;
 /** Results leave together that are found in this time; after that much silence, something does, in milliseconds. */
@@ -5178,46 +5176,31 @@ async function* searchBelow(search: Search, root: string): AsyncGenerator<Hit | 
   const { server, site } = search, folders = new Map<string, readonly string[]>([[root, []]]);
   for (const [folder, path] of folders) {
     // What cannot be read is passed over.
-    const listed = await readFolder(server, site, folder).catch(() => undefined),
-      looks: Promise<Hit | undefined>[] = [];
+    const listed = await readFolder(server, site, folder).catch(() => undefined);
     if (listed === undefined) continue;
     for (const [i, name] of [...listed.folders, ...listed.files].entries()) {
       if (stopReason(search) !== undefined) return;
       const isFolder = i < listed.folders.length, below = [...path, name], link = listed.links.get(name);
       const real = link?.real ?? pathBelow({ ...site, path: folder }, name);
       if (isFolder && !folders.has(real)) folders.set(real, below);
-      looks.push(isFolder ? searchName(search, below, real, link) : searchFile(search, below, real, link));
-      // To wait for each before the next is opened would take longer than to look at it.
-      if (looks.length === SEARCHED_AHEAD) yield await looks.shift();
+      if (++search.names % LISTING_SLICE === 0) await new Promise((resolve) => setTimeout(resolve));
+      const hit = search.inText && !isFolder ? await searchText(search, below, real) : undefined;
+      yield hit ?? searchName(search, below, real, link);
     }
-    for (const look of looks) yield await look;
   }
 }
 
-/** Whether a name has all the words. */
-async function searchName(
-  search: Search,
+/** What is found by its name, if that has all the words. */
+function searchName(
+  { server, words }: Search,
   path: readonly string[],
   real: string,
   link: FolderEntry | undefined,
-): Promise<Hit | undefined> {
+): Hit | undefined {
   const name = path.at(-1)!;
-  if (++search.names % LISTING_SLICE === 0) await new Promise((resolve) => setTimeout(resolve));
-  if (!hasAll(fold(name), search.words)) return undefined;
+  if (!hasAll(fold(name), words)) return undefined;
   const info = link?.info ?? statOf(real), entry = info && entryOf(name, real, info);
-  return entry && isThere(search.server, entry) ? { path, entry } : undefined;
-}
-
-/** Whether a file's text has all the words, or else its name. What cannot be read is passed over. */
-async function searchFile(
-  search: Search,
-  path: readonly string[],
-  real: string,
-  link: FolderEntry | undefined,
-): Promise<Hit | undefined> {
-  const hit = search.inText ? await searchText(search, path, real).catch(() => undefined) : undefined;
-  const named = await searchName(search, path, real, link);
-  return hit !== undefined && isThere(search.server, hit.entry) ? hit : named;
+  return entry && isThere(server, entry) ? { path, entry } : undefined;
 }
 
 /** Whether something found is in its place, and no link led there while it was looked at. */
@@ -5229,17 +5212,22 @@ function hasAll(folded: string, words: readonly string[]): boolean {
   return words.every((word) => folded.includes(word));
 }
 
-/** A file, and the line of its text that has most of the words, if all of them are in the text. */
+/** What is found in the text of a file, if that has all the words. What cannot be read is passed over. */
 async function searchText(search: Search, path: readonly string[], real: string): Promise<Hit | undefined> {
   const name = path.at(-1)!, { type } = typeOfName(name, search.server.settings.type);
   // What is no text by its name is not even opened.
   if (type !== undefined && type !== "video/mp2t" && charsetRule(type) === "none") return undefined;
-  using file = await openInTime(real);
-  const info = await file?.stat(), entry = info && entryOf(name, real, info);
-  if (file === undefined || entry === undefined || entry.isFolder) return undefined;
-  if (entry.size > SEARCHED_FILE) search.large++;
-  const line = entry.size > SEARCHED_FILE ? undefined : await findLine(search, file, entry);
-  return line && { path, entry, line };
+  try {
+    // Others get their turn while this is waited for. To wait for what follows, too, would take longer than to do it.
+    using file = await openInTime(real);
+    const entry = file && entryOf(name, real, file.statSync());
+    if (file === undefined || entry === undefined || entry.isFolder) return undefined;
+    if (entry.size > SEARCHED_FILE) search.large++;
+    const line = entry.size > SEARCHED_FILE ? undefined : await findLine(search, file, entry);
+    return line && isThere(search.server, entry) ? { path, entry, line } : undefined;
+  } catch {
+    return undefined;
+  }
 }
 
 /** What the place of a file that nobody asked for is found by. */
@@ -5250,7 +5238,8 @@ async function findLine(
   file: Deno.FsFile,
   { name, real, info }: FolderEntry,
 ): Promise<TextLine | undefined> {
-  const sample = new Uint8Array(Math.min(info.size, BUFFERED_LIMIT)), length = await readFully(file, sample);
+  const sample = new Uint8Array(Math.min(info.size, BUFFERED_LIMIT));
+  const length = info.size > SEARCHED_PIECE ? await readFully(file, sample) : file.readSync(sample) ?? 0;
   const found = describeFile(real, name, info, NO_EVIDENCE);
   const nature = await natureOf(search.server, found, sample.subarray(0, length));
   if (nature.coding !== undefined || charsetRule(nature.type) === "none") return undefined;
