@@ -4716,7 +4716,7 @@ textarea { min-height: 5rem; resize: vertical } button { justify-self: start; wi
 details { margin: .5rem 0 } summary { cursor: pointer; padding: .25rem 0 } .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100% } caption { text-align: start; color: var(--soft); padding-bottom: .5rem }
 th, td { text-align: start; vertical-align: top; padding: .4rem 1rem .4rem 0; border-bottom: 1px solid var(--line) } th { font-weight: 600; white-space: nowrap } .number { text-align: end; white-space: nowrap; font-variant-numeric: tabular-nums } td time { white-space: nowrap } td.text { overflow-wrap: anywhere; min-width: 14rem } form td.text { min-width: 0; width: 100% }
 th button { padding: 0; color: var(--accent); background: none; border: 0; text-decoration: underline } .tick { display: flex; align-items: center; gap: .5rem; padding-block: .5rem; font-weight: 400 } .tick input { width: auto }
-.results { padding-inline-start: 2.5rem } .results li { margin: 1rem 0; overflow-wrap: anywhere } .results p { margin: 0 } main:has(.over) .running { display: none } @media (max-width: 30rem) { .clock { display: none } .results { padding: 0 } }
+.search + form { margin-top: 1.5rem } .results { padding-inline-start: 2.5rem } .results li { margin: 1rem 0; overflow-wrap: anywhere } .results p { margin: 0 } main:has(.over) .running { display: none } @media (max-width: 30rem) { .clock { display: none } .results { padding: 0; list-style: none } }
 .char { font-size: 1.35rem; line-height: 1.2 } mark { color: inherit; background: var(--wrong); border-radius: .2em; padding: 0 .1em } .notice { padding: .75rem 1.25rem; background: var(--wrong); border-radius: .5rem }
 .greetings { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: .75rem 1.5rem; margin: 1rem 0 } .greetings dd { margin: 0 }
 nav { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem } footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line); color: var(--soft) }
@@ -5455,13 +5455,12 @@ function resultHtml({ path, entry, line }: Hit, words: readonly string[], suffix
 function summary(search: Search): string {
   const { results, names, files, bytes, large, inText, started } = search, reason = stopReason(search);
   const count = (number: number, noun: string) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
-  const text = inText ? `, and ${formatSize(bytes)} of text in ${count(files, "file")},` : "";
-  const time = ((performance.now() - started) / 1000).toFixed(1);
-  return `${results === 0 ? "Nothing was found" : count(results, "result")}: ${
-    count(names, "name")
-  }${text} were looked at in ${time} s.${reason === undefined ? "" : ` <strong>It stopped early: ${reason}.</strong>`}${
-    large === 0 ? "" : ` Passed over, since larger than ${formatSize(SEARCHED_FILE)}: ${count(large, "file")}.`
-  }`;
+  const text = inText ? `, and at ${formatSize(bytes)} of text in ${count(files, "file")}` : "";
+  const time = ((performance.now() - started) / 1000).toFixed(2),
+    found = results === 0 ? "Nothing was found" : count(results, "result");
+  const end = reason === undefined ? "" : ` <strong>It stopped early: ${reason}.</strong>`;
+  const passed = large === 0 ? "" : ` Files larger than ${formatSize(SEARCHED_FILE)} were passed over: ${large}.`;
+  return `${found}. Looked at ${count(names, "name")}${text}, in ${time} s.${end}${passed}`;
 }
 
 /** Characters that are one when they are folded: with the marks that follow, and the syllables of Hangul. */
