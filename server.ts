@@ -4941,8 +4941,8 @@ function listingHtml(
   entries: readonly FolderEntry[],
   { sort, descending, page, count, pages }: ListingQuery & { readonly count: number; readonly pages: number },
 ): string {
-  const suffix = keptQuery(exchange, {}),
-    order = sort === "name" && !descending ? {} : { sort: (descending ? "-" : "") + sort };
+  const suffix = keptQuery(exchange, {}), sign = descending ? "-" : "";
+  const order: Record<string, string> = sort === "name" && !descending ? {} : { sort: sign + sort };
   // Buttons, and not links: a program that follows all links would fetch each folder in each order.
   const column = (title: string, key: ListingQuery["sort"]) => {
     const current = sort === key, value = current && !descending ? `-${key}` : key;
@@ -5061,6 +5061,7 @@ interface Search {
   readonly site: Site;
   readonly words: readonly string[];
   readonly inText: boolean;
+  readonly letters: Letters;
   readonly started: number;
   names: number;
   /** Whose text was looked at. */
@@ -5119,7 +5120,8 @@ async function* searchPieces(
   charset: string,
 ): AsyncGenerator<Uint8Array> {
   using _ = await searchTurn();
-  const search: Search = { ...asked, started: performance.now(), names: 0, files: 0, bytes: 0, large: 0, results: 0 };
+  const letters = lettersOf(asked.inText ? asked.words : []), started = performance.now();
+  const search: Search = { ...asked, letters, started, names: 0, files: 0, bytes: 0, large: 0, results: 0 };
   const encoded = (text: string) => encodeText(text, charset, "html").bytes;
   yield encoded(form.start);
   let text = "", told = performance.now() - SEARCH_PACE;
@@ -5241,6 +5243,11 @@ async function findLine(
   const sample = new Uint8Array(Math.min(info.size, BUFFERED_LIMIT));
   const length = info.size > SEARCHED_PIECE ? await readFully(file, sample) : file.readSync(sample) ?? 0;
   const found = describeFile(real, name, info, NO_EVIDENCE);
+  if (info.size <= BUFFERED_LIMIT && !mayHaveLetters(sample, search.letters)) {
+    search.files++;
+    search.bytes += length;
+    return undefined;
+  }
   const nature = await natureOf(search.server, found, sample.subarray(0, length));
   if (nature.coding !== undefined || charsetRule(nature.type) === "none") return undefined;
   search.files++;
@@ -5252,6 +5259,89 @@ async function findLine(
   }
   return undefined;
 }
+
+/** Letters of Chinese, Japanese and Korean, up to U+FFFF: they take two bytes or more, wherever they can be written. */
+const WIDE_LETTER = /(?![\u{10000}-\u{10ffff}])[\p{sc=Han}\p{sc=Hiragana}\p{sc=Katakana}\p{sc=Hangul}]/gu;
+
+/**
+ * Which pairs of bytes may be one of some letters, in whatever encoding: a bit a letter, and all bits that there are.
+ * A file that lacks a letter need not be read. To find out what it is in, and to decode it, would take much longer.
+ */
+interface Letters {
+  readonly bits: Uint8Array;
+  readonly all: number;
+}
+
+function lettersOf(words: readonly string[]): Letters {
+  const letters = [...new Set(words.join("").match(WIDE_LETTER))].slice(0, 8), bits = new Uint8Array(0x10000);
+  const all = (1 << letters.length) - 1;
+  for (const [i, letter] of letters.entries()) {
+    // A letter may be written as another one, and as one with a mark behind it.
+    for (const form of new Set([letter, String.fromCodePoint(letter.normalize("NFD").codePointAt(0)!)])) {
+      for (const pair of pairsOf(form)) bits[pair]! |= 1 << i;
+    }
+  }
+  bits[0x2623] = all; // `&#` is any letter.
+  return { bits, all };
+}
+
+function mayHaveLetters(bytes: Uint8Array, { bits, all }: Letters): boolean {
+  let found = 0;
+  for (let i = 1; i < bytes.length && found !== all; i++) found |= bits[bytes[i - 1]! << 8 | bytes[i]!]!;
+  return found === all;
+}
+
+/** The pairs of bytes that characters are, or end with, which fold into a letter, or into more with it. */
+function pairsOf(letter: string): number[] {
+  const pairs: number[] = [];
+  for (const [encoding, lines] of foldedPairs()) {
+    for (const line of linesWith(lines, letter)) {
+      const lead = PAIR_LEADS[Math.trunc(line / PAIR_TRAILS.length)]!, trail = PAIR_TRAILS[line % PAIR_TRAILS.length]!;
+      pairs.push(lead << 8 | trail);
+      if (encoding === "euc-jp") pairs.push((lead << 8 | trail) & 0x7f7f); // In seven bits, it is ISO-2022-JP.
+    }
+  }
+  for (const unit of linesWith(foldedCharacters(), letter)) {
+    // UTF-16 of both kinds, the end of UTF-8, and the four bytes of gb18030.
+    pairs.push(unit, unit >> 8 | (unit & 0xff) << 8, (0x80 | unit >> 6 & 0x3f) << 8 | 0x80 | unit & 0x3f);
+    const [a = 0, b = 0, c = 0, d] = encodeText(String.fromCharCode(unit), "gb18030", "html").bytes;
+    if (d !== undefined) pairs.push(a << 8 | b, c << 8 | d);
+    // Half-width katakana are one byte of Shift_JIS, behind any other (Encoding §12.3.1).
+    if (unit >= 0xff61 && unit <= 0xff9f) pairs.push(...range(0, 0xff).map((byte) => byte << 8 | unit - 0xff61 + 0xa1));
+  }
+  return pairs;
+}
+
+/** The numbers of the lines that have a letter. */
+function linesWith(text: string, letter: string): number[] {
+  const found: number[] = [];
+  let line = 0, counted = 0;
+  for (let at = text.indexOf(letter); at >= 0; at = text.indexOf(letter, at + 1)) {
+    line += countLines(text.slice(counted, at));
+    counted = at;
+    found.push(line);
+  }
+  return found;
+}
+
+const PAIR_LEADS = range(0x81, 0xfe), PAIR_TRAILS = range(0x20, 0xfe);
+
+/** What all pairs of bytes are in the encodings that have pairs, a line each, folded. */
+const foldedPairs = lazily(() => {
+  const sequences = (before: readonly number[]) =>
+    PAIR_LEADS.flatMap((lead) => PAIR_TRAILS.flatMap((trail) => [...before, lead, trail, LF]));
+  const pairs = Uint8Array.from(sequences([])), triples = Uint8Array.from(sequences([0x8f]));
+  const read = (encoding: string, bytes: Uint8Array) => [encoding, fold(decodeText(bytes, encoding))] as const;
+  const plain = ["gb18030", "big5", "euc-jp", "shift_jis", "euc-kr"].map((encoding) => read(encoding, pairs));
+  // JIS X 0212 takes a third byte before the two (Encoding §12.1.1).
+  return [...plain, read("euc-jp", triples)];
+});
+
+/** What each UTF-16 code unit is when it is folded, a line each. */
+const foldedCharacters = lazily(() => {
+  const units = Array.from({ length: 0x10000 }, (_, unit) => unit === LF ? "" : String.fromCharCode(unit));
+  return fold(units.join("\n"));
+});
 
 /** A file from its beginning, of which all is there already if it is small. Others get their turn at each piece. */
 async function* piecesOf(file: Deno.FsFile, size: number, sample: Uint8Array): AsyncGenerator<Uint8Array> {

@@ -3487,6 +3487,28 @@ const IN_TEXT: readonly [words: string, charsets: string[]][] = [
   ["春眠 봄잠에", ["euc-kr", "utf-8"]],
 ];
 
+/** What is read, but written otherwise, or never: as bytes. */
+const RARE_FORMS: readonly [says: string, charset: string, bytes: string, words: string][] = [
+  ["a Hong Kong character", "big5", "\x9d\xf5", new TextDecoder("big5").decode(bytesOf("\x9d\xf5"))],
+  ["a character of JIS X 0212", "euc-jp", "\x8f\xb0\xa1", "丂"],
+  ["a Korean double of a character", "euc-kr", "\xf9\xc8", new TextDecoder("euc-kr").decode(bytesOf("\xf9\xc8"))],
+  ["half a kana with its mark", "shift_jis", "x\xb6\xdex", "ガ"],
+  ["half a kana at the end", "shift_jis", "x\xb1", "ア"],
+  ["a square of kana", "shift_jis", "\x87\x63", "グラム"],
+  ["a circled character", "euc-kr", new TextDecoder("latin1").decode(encode("㈜", "euc-kr")), "주"],
+  ["four bytes", "gb18030", "\x81\x39\xee\x39", new TextDecoder("gb18030").decode(bytesOf("\x81\x39\xee\x39"))],
+  ["parts of a syllable", "utf-8", "\xe1\x84\x80\xe1\x85\xa1\xe1\x86\xab", "간"],
+  ["a mark behind a kana", "utf-8", "\xe3\x81\x8b\xe3\x82\x99", "が"],
+  ["a reference", "windows-1252", "x&#26149;x", "春"],
+];
+
+for (const [says, charset, bytes, words] of RARE_FORMS) {
+  Deno.test(`mayHaveLetters() passes over no file with ${says}: ${words}`, async () => {
+    await using server = await serveTree({ "a.html": `<meta charset=${charset}>${bytes}\n`, "b.txt": "x" });
+    assertEquals((await search(server, words)).map(({ path }) => path), ["a.html"]);
+  });
+}
+
 /** A result of a search, as programs get it. */
 interface Found {
   readonly path: string;
