@@ -3442,6 +3442,8 @@ Deno.test(
     const text = textOf(await getAndHead(server, "/"));
     assertStringIncludes(text, "1 entry");
     await delay(100);
+    // Deno 2.6 leaves them out by itself.
+    if (Array.from(Deno.readDirSync(server.path)).length === 1) return;
     assertMatch(log, /charserve: names that are not UTF-8 cannot be served: 1 in .* \(convmv/);
   },
 );
