@@ -6,7 +6,7 @@
  * ```sh
  * deno task mutate --seed 7 --count 150
  * deno task mutate --only Request       # one section of server.ts
- * deno task mutate --seed 7 --nth 12    # that one change again, with what the tests print
+ * deno task mutate --change 'status ⟦< → <=⟧ 200' # what survived once again: the changes whose line has this
  * deno task mutate --list               # what would be changed, and nothing else
  * ```
  *
@@ -31,6 +31,8 @@ interface Token {
   readonly text: string;
   /** Where it begins. */
   readonly at: number;
+  /** It stands in a template, between `${` and `}`. */
+  readonly inText: boolean;
 }
 
 const SPACE = /\s+|\/\/.*|\/\*[^]*?\*\//y;
@@ -46,13 +48,13 @@ const BEGINNERS = new Set(["return", "typeof", "case", "in", "of", "yield", "awa
 /** The tokens of a program without types. */
 function tokenize(code: string): Token[] {
   const tokens: Token[] = [];
-  let at = 0;
+  let at = 0, depth = 0;
   const match = (pattern: RegExp): string | undefined => {
     pattern.lastIndex = at;
     return pattern.exec(code)?.[0];
   };
   const push = (kind: Kind, text: string) => {
-    tokens.push({ kind, text, at });
+    tokens.push({ kind, text, at, inText: depth > 0 });
     at += text.length;
   };
   const isExpressionNext = () => {
@@ -64,22 +66,22 @@ function tokenize(code: string): Token[] {
   const readTemplate = () => {
     for (at++; at < code.length && code[at] !== "`";) {
       if (code[at] === "\\") at += 2;
-      else if (code.startsWith("${", at)) at += 2, readUntilBrace(), at++;
+      else if (code.startsWith("${", at)) at += 2, depth++, readUntilBrace(), depth--, at++;
       else at++;
     }
     at++;
-    tokens.push({ kind: "template", text: "", at });
+    tokens.push({ kind: "template", text: "", at, inText: depth > 0 });
   };
   const readUntilBrace = () => {
-    for (let depth = 0; at < code.length;) {
+    for (let braces = 0; at < code.length;) {
       const space = match(SPACE);
       if (space !== undefined) {
         at += space.length;
         continue;
       }
-      if (code[at] === "}" && depth === 0) return;
-      if (code[at] === "{") depth++;
-      if (code[at] === "}") depth--;
+      if (code[at] === "}" && braces === 0) return;
+      if (code[at] === "{") braces++;
+      if (code[at] === "}") braces--;
       readToken();
     }
   };
@@ -177,8 +179,10 @@ function changesOf(source: string): Change[] {
   return changes;
 }
 
-function insteadOf(source: string, tokens: readonly Token[], i: number, { kind, text, at }: Token): string[] {
+function insteadOf(source: string, tokens: readonly Token[], i: number, { kind, text, at, inText }: Token): string[] {
   const last = tokens[i - 1], next = tokens[i + 1];
+  // How much of something an error quotes is nobody's to compare.
+  if (inText && source.slice(source.lastIndexOf("\n", at) + 1, at).includes("Error(")) return [];
   if (kind === "number") {
     const line = source.slice(source.lastIndexOf("\n", at) + 1, at),
       isLength = /Array$/.test(tokens[i - 2]?.text ?? "");
@@ -464,8 +468,13 @@ class Trial {
   }
 }
 
-/** The changes that a seed chooses: no two of one token. */
-function choose(source: string, seed: number, count: number, only: string | undefined): Change[] {
+/** The changes that a seed chooses: no two of one token, unless they are asked for. */
+function choose(
+  source: string,
+  seed: number,
+  count: number,
+  { only, wanted }: { only: string | undefined; wanted: string | undefined },
+): Change[] {
   const sections = sectionsOf(source), equivalent = new Set(EQUIVALENT.map(([change]) => change));
   if (only !== undefined && !sections.some(({ name }) => name === only)) {
     throw new Error(`There is no section "${only}": ${sections.map(({ name }) => name).join(", ")}`);
@@ -473,18 +482,19 @@ function choose(source: string, seed: number, count: number, only: string | unde
   const seen = new Set<number>();
   return shuffle(changesOf(source), seed)
     .filter((change) => only === undefined || sectionAt(sections, lineOf(source, change.at)) === only)
-    .filter(({ at }) => !seen.has(at) && seen.add(at))
+    .filter((change) => wanted === undefined || nameOf(source, change).includes(wanted))
+    .filter(({ at }) => wanted !== undefined || !seen.has(at) && seen.add(at))
     .filter((change) => !equivalent.has(nameOf(source, change)))
     .slice(0, count);
 }
 
 async function main(): Promise<void> {
   const argument = (name: string) => Deno.args[Deno.args.indexOf(`--${name}`) + 1 || Infinity];
-  const seed = Number(argument("seed") ?? Date.now() % 1e6), nth = argument("nth");
-  const count = Number(argument("count") ?? (nth === undefined ? 40 : nth));
+  const seed = Number(argument("seed") ?? Date.now() % 1e6), wanted = argument("change");
+  const count = wanted === undefined ? Number(argument("count") ?? 40) : Infinity;
   const jobs = Number(argument("jobs") ?? navigator.hardwareConcurrency);
   const source = Deno.readTextFileSync(new URL("server.ts", project));
-  const all = choose(source, seed, count, argument("only")), changes = nth === undefined ? all : all.slice(-1);
+  const changes = choose(source, seed, count, { only: argument("only"), wanted });
   const show = (change: Change) => `${lineOf(source, change.at)}: ${nameOf(source, change)}`;
   console.log(`seed ${seed}, ${changes.length} of ${changesOf(source).length} changes`);
   if (Deno.args.includes("--list")) return console.log(changes.map(show).join("\n"));
@@ -509,7 +519,7 @@ async function main(): Promise<void> {
       results.push(result);
       console.log(`${noticedBy === undefined ? "SURVIVES" : "noticed "} ${show(change)}`);
       if (noticedBy !== undefined) console.log(`           by ${noticedBy}`);
-      if (nth !== undefined) console.log(output);
+      if (Deno.args.includes("--verbose")) console.log(output);
     }
   };
   await Promise.all(copies.map(lane));
