@@ -182,11 +182,10 @@ function changesOf(source: string): Change[] {
 function insteadOf(source: string, tokens: readonly Token[], i: number, { kind, text, at, inText }: Token): string[] {
   const last = tokens[i - 1], next = tokens[i + 1];
   // How much of something an error quotes is nobody's to compare.
-  if (inText && source.slice(source.lastIndexOf("\n", at) + 1, at).includes("Error(")) return [];
+  const lineStart = source.lastIndexOf("\n", at) + 1;
+  if (inText && source.slice(lineStart, at).includes("Error(")) return [];
   if (kind === "number") {
-    const line = source.slice(source.lastIndexOf("\n", at) + 1, at),
-      isLength = /Array$/.test(tokens[i - 2]?.text ?? "");
-    return insteadOfNumber(text, /^const [A-Z\d_]+ = [\d_* ]*$|, [A-Z\d_]+ = [\d_* ]*$/.test(line), isLength);
+    return insteadOfNumber(text, source.slice(lineStart, at), /Array$/.test(tokens[i - 2]?.text ?? ""));
   }
   // A text that something is unless it is told otherwise.
   if (kind === "string") return text.length > 2 && /^(?:=|\?\?)$/.test(last?.text ?? "") ? ['""'] : [];
@@ -204,13 +203,18 @@ function insteadOf(source: string, tokens: readonly Token[], i: number, { kind, 
   return instead === undefined ? [] : [instead];
 }
 
-/** A bound that is off by one. `isSetting`: a figure that somebody chose must be off by more to be wrong. */
-function insteadOfNumber(text: string, isSetting: boolean, isLength: boolean): string[] {
-  const number = Number(text.replaceAll("_", ""));
+/** Figures that somebody chose, and weights in a table: they must be off by more than one to be wrong. */
+const CHOSEN = /^const [A-Z\d_]+ = [\d_* ]*$|, [A-Z\d_]+ = [\d_* ]*$|^ +\["/;
+
+/** A bound that is off by one. `before` is what stands before it in its line. */
+function insteadOfNumber(text: string, before: string, isLength: boolean): string[] {
+  const number = Number(text.replaceAll("_", "")),
+    write = (value: number) => /^0x/i.test(text) ? `0x${value.toString(16)}` : `${value}`;
   if (!Number.isSafeInteger(number)) return [];
-  const write = (value: number) => /^0x/i.test(text) ? `0x${value.toString(16)}` : `${value}`;
+  if (CHOSEN.test(before)) {
+    return [...(number > 8 ? [write(number >> 3)] : []), write(number * 8 + (number === 0 ? 8 : 0))];
+  }
   if (number === 0) return [write(1)];
-  if (isSetting && number > 8) return [write(number >> 3), write(number * 8)];
   // An array that is longer than it needs to be does no harm.
   return isLength ? [write(number - 1)] : [write(number - 1), write(number + 1)];
 }
