@@ -326,7 +326,7 @@ class Workshop implements Disposable {
     return copy;
   }
 
-  /** Runs the tests of a file of a copy; `seconds` at most. */
+  /** Runs the tests of a file of a copy, until none of them ends for so many seconds. */
   async run(copy: string, file: string, seconds: number, ...options: string[]): Promise<Outcome> {
     const report = `${copy}/report.xml`;
     await Deno.remove(report).catch(() => {});
@@ -342,10 +342,13 @@ class Workshop implements Disposable {
       stderr: "piped",
     }).spawn();
     this.#running.add(child.pid);
-    let isLate = false;
-    const timer = setTimeout(() => (isLate = true, killGroup(child.pid)), seconds * 1000);
-    // Its output may be held open by what it leaves behind.
-    const output = Promise.all([textOf(child.stdout), textOf(child.stderr)]);
+    let isLate = false, timer: ReturnType<typeof setTimeout> | undefined;
+    const watch = () => {
+      clearTimeout(timer);
+      timer = setTimeout(() => (isLate = true, killGroup(child.pid)), seconds * 1000);
+    };
+    watch();
+    const output = Promise.all([textOf(child.stdout, watch), textOf(child.stderr)]);
     const { success } = await child.status;
     clearTimeout(timer);
     killGroup(child.pid);
@@ -364,7 +367,15 @@ class Workshop implements Disposable {
   }
 }
 
-const textOf = (stream: ReadableStream<Uint8Array>) => new Response(stream).text();
+/** All of a stream; tells of each piece that comes. */
+async function textOf(stream: ReadableStream<Uint8Array>, onPiece = () => {}): Promise<string> {
+  let text = "";
+  for await (const piece of stream.pipeThrough(new TextDecoderStream())) {
+    text += piece;
+    onPiece();
+  }
+  return text;
+}
 
 /** Ends a process and all that it started. */
 function killGroup(pid: number): void {
@@ -406,14 +417,13 @@ function readReport(xml: string): { name: string; line: number; time: number; fa
 }
 
 /** Runs all tests without a change. Those that fail can notice nothing. */
-async function findTests(workshop: Workshop, copy: string): Promise<{ tests: Test[]; seconds: number }> {
-  const begin = performance.now(), outcome = await workshop.run(copy, "server_test.ts", 600);
-  const seconds = (performance.now() - begin) / 1000;
+async function findTests(workshop: Workshop, copy: string): Promise<Test[]> {
+  const outcome = await workshop.run(copy, "server_test.ts", 600);
   const sections = sectionsOf(Deno.readTextFileSync(`${copy}/server_test.ts`));
   const tests = readReport(outcome.report).filter(({ skipped }) => !skipped)
     .map(({ name, line, time, failed }) => ({ name, section: sectionAt(sections, line), time, isSound: !failed }));
   if (tests.length === 0) throw new Error(`The tests do not run:\n${outcome.output}`);
-  return { tests, seconds };
+  return tests;
 }
 
 interface Result {
@@ -511,12 +521,13 @@ async function main(): Promise<void> {
     });
   }
   const copies = Array.from({ length: Math.min(jobs, changes.length) }, (_, i) => workshop.makeCopy(`${i}`));
-  const { tests, seconds } = await findTests(workshop, copies[0]!);
+  const tests = await findTests(workshop, copies[0]!);
   const unsound = tests.filter(({ isSound }) => !isSound);
-  console.log(`${tests.length} tests in ${Math.round(seconds)} s`);
+  const seconds = tests.reduce((sum, { time }) => sum + time, 0), longest = Math.max(...tests.map(({ time }) => time));
+  console.log(`${tests.length} tests in ${Math.round(seconds)} s, the longest takes ${Math.round(longest)} s`);
   for (const { name } of unsound) console.log(`fails without any change, and is left out: ${name}`);
 
-  const trial = new Trial(workshop, source, tests, seconds * 3 + 20), results: Result[] = [], waiting = [...changes];
+  const trial = new Trial(workshop, source, tests, 10 + longest * 4), results: Result[] = [], waiting = [...changes];
   const lane = async (copy: string) => {
     for (let change; (change = waiting.shift()) !== undefined;) {
       const result = await trial.run(copy, change), { noticedBy, output } = result;
