@@ -18,7 +18,27 @@
 import * as nodeModule from "node:module";
 
 /** Changes that make no difference, as they are printed, and why. They are not made. */
-const EQUIVALENT: readonly (readonly [change: string, reason: string])[] = [];
+const EQUIVALENT: readonly (readonly [change: string, reason: string])[] = [
+  ["const SLAB_SIZE = ⟦32 → 4⟧ * 1024;", "how buffers are cut shows nowhere"],
+  ["const SLAB_SIZE = ⟦32 → 256⟧ * 1024;", "how buffers are cut shows nowhere"],
+  ["const SLAB_SIZE = 32 * ⟦1024 → 128⟧;", "how buffers are cut shows nowhere"],
+  ["const SLAB_SIZE = 32 * ⟦1024 → 8192⟧;", "how buffers are cut shows nowhere"],
+  ["writer.reserve(⟦3 → 4⟧, 0);", "room for one byte more than is written"],
+  ["for (let unit = ⟦0 → 1⟧; unit < 0x80; unit++) repertoire.units[unit] = unit;", "the first one is 0 from the start"],
+  ["if (at ⟦>= → >⟧ end) return;", "one piece more is converted, and none of it is sent"],
+  [
+    "const step = Math.max(1, Math.⟦trunc → ceil⟧(CHUNKED_AT_ONCE / size)) * size;",
+    "how many chunks share a write shows nowhere",
+  ],
+  [
+    "while (this.#given ⟦< → <=⟧ TURNS && this.#next < this.#waiting.length) this.#waiting[this.#next++]!();",
+    "one connection more in a turn",
+  ],
+  [
+    'const NO_EVIDENCE: Evidence = { key: "", places: new Cache(0), looks: [], since: 0, looked: ⟦0 → 1⟧, changed: 0 };',
+    "nobody looks at the time of what was never looked at",
+  ],
+];
 
 // ── What can be changed ─────────────────────────────────────────────────────────────────────────
 // A token is changed into another one that could stand there. Comments, types, regular expressions and most texts are
