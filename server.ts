@@ -36,12 +36,12 @@
  * ```ts
  * import { serve } from "./server.ts";
  *
- * await using server = serve({
- *   port: 0,
+ * const server = serve({
+ *   port: 8000,
  *   charset: "gbk",
  *   routes: [[/^\/hello\/(?<name>[^/]+)$/, ({ params }) => `<h1>你好，${params.name}</h1>`]],
  * });
- * await server.shutdown();
+ * await server.finished;
  * ```
  *
  * RFC 9110 is HTTP's meaning, RFC 9112 its form on the wire, RFC 9111 caching; "Encoding" is the
@@ -58,7 +58,8 @@
  *
  * ```ts
  * import { serve } from "./server.ts";
- * await using server = serve({ port: 0, routes: [[/^\/$/, () => "你好"]], charset: "gbk" });
+ * const server = serve({ routes: [[/^\/$/, () => "你好"]], charset: "gbk" });
+ * await server.finished;
  * ```
  *
  * @throws {Deno.errors.AddrInUse} The port is taken.
@@ -242,7 +243,7 @@ class HttpServer implements Server {
   site(): Site {
     const now = Date.now();
     if (this.#site === undefined || now - this.#looked >= this.#lifetime || now < this.#looked) this.#lookAtRoot(now);
-    if (this.#site === undefined) throw new HttpError(503, "The folder is not there", [["Retry-After", "1"]]);
+    if (this.#site === undefined) throw new HttpError(503, "The folder to serve is not there", [["Retry-After", "1"]]);
     return this.#site;
   }
 
@@ -294,7 +295,7 @@ class HttpServer implements Server {
 
   #take(conn: Deno.Conn): void {
     const number = ++this.#accepted;
-    // So many were refused, and still linger, that not even that can be said.
+    // Too many refused connections are still open: this one is closed without an answer.
     if (this.#connections.size >= 2 * this.settings.maxConnections) return conn.close();
     const connection = openConnection(conn, this.#clock, this.#line, number);
     if (connection === undefined) return;
@@ -354,7 +355,7 @@ class HttpServer implements Server {
     if (this.#connections.size === 0) this.#drained.resolve();
   }
 
-  /** Waits until nobody new came for a moment: closing a listener resets what the system has taken for it. */
+  /** Waits until no client has come for a moment: closing a listener resets connections that wait to be accepted. */
   async #emptyBacklog(): Promise<void> {
     for (let turn = 0, seen = -1; turn < BACKLOG_TURNS && seen !== this.#accepted; turn++) {
       seen = this.#accepted;
@@ -364,7 +365,7 @@ class HttpServer implements Server {
 
   async #end(): Promise<void> {
     await this.#drained.promise;
-    clearInterval(this.#sweeper); // A socket's file went with its listener; by now there may be a successor's.
+    clearInterval(this.#sweeper); // The socket's file is gone with its listener; a new one may be another server's.
     await this.log.close();
   }
 
@@ -373,7 +374,7 @@ class HttpServer implements Server {
   }
 }
 
-/** Options over the defaults of the table; labels resolved, and nothing in them that could break a head apart. */
+/** The options, on top of the defaults. Labels become encodings' names; fields that would break a head are refused. */
 function settingsOf(options: ServeOptions): Settings & { readonly root: string | undefined } {
   const given = Object.entries(options).filter(([, value]) => value !== undefined);
   const settings = { ...DEFAULTS, log: "none", root: undefined, ...Object.fromEntries(given) } as Settings & {
@@ -533,7 +534,7 @@ async function refuseConnection(server: HttpServer, connection: Connection): Pro
     await exchange.send(exchange.answer());
     await connection.end();
   } catch {
-    // It did not wait.
+    // The client did not wait.
   }
 }
 
@@ -635,7 +636,7 @@ class Connection implements Disposable {
     return head;
   }
 
-  /** What came in the place of a head, with as little meaning as possible. */
+  /** What came instead of a head that can be parsed: its text, and what an answer to it needs. */
   takeRefused(): RequestHead {
     const text = latin1(this.#bytes.subarray(this.#start, Math.min(this.#end, this.#start + HEAD_LIMIT)));
     const method = text.startsWith("HEAD ") ? "HEAD" : "GET";
@@ -658,7 +659,7 @@ class Connection implements Disposable {
     this.#round = typeof turn === "number" ? turn : await turn;
     const reading = this.#conn.read(this.#room());
     try {
-      // Who has not begun a request is not told that time is up: the read fails when the connection is closed.
+      // A client that has not begun a request gets no 408: its connection is closed, and the read fails.
       const count = isIdle ? await reading : await this.#interruptible(reading);
       this.#end += count ?? 0;
       if (count !== null || isIdle) return count !== null && this.ending === "no";
@@ -751,12 +752,12 @@ class Connection implements Disposable {
     this.wait("handler");
   }
 
-  /** No further request is read; the client need not expect that. */
+  /** No further request is read, whether or not the client expects that. */
   close(ending: "close" | "linger"): void {
     if (this.ending !== "closed") this.ending = ending;
   }
 
-  /** The sweep found that the wait is over. Whoever kept us waiting with a request is told: 408. */
+  /** The sweep calls this when a wait is over. A client whose request is late gets 408; others are cut off. */
   expire(): void {
     const isLate = this.#waiting === "head" || this.#waiting === "content";
     if (!isLate || this.ending !== "no") return this[Symbol.dispose]();
@@ -1014,7 +1015,7 @@ const CLASSES = Uint8Array.from(
     (byte === SP || byte === HTAB ? IN_SPACE : 0),
 );
 
-/** What a line's end is while it has not come. */
+/** Stands for the end of a line that has not come yet. */
 const INCOMPLETE = Infinity;
 
 /**
@@ -1109,7 +1110,7 @@ function interpret(text: string, lineEnd: number, marks: Marks): RequestHead {
 function parseVersion(text: string): 0 | 1 | undefined {
   const { major, minor } = /^ HTTP\/(?<major>\d)\.(?<minor>\d)$/.exec(text)?.groups ?? {};
   if (major === undefined) return undefined;
-  if (major !== "1") throw new FramingError(505, `HTTP/${major}.${minor} is not spoken here, HTTP/1.1 is`);
+  if (major !== "1") throw new FramingError(505, `HTTP/${major}.${minor} is not supported, HTTP/1.1 is`);
   return minor === "0" ? 0 : 1;
 }
 
@@ -1142,7 +1143,7 @@ function fieldLines({ text }: Pick<RequestHead, "text">): Field[] {
 /** RFC 3986 §3.2: a host that is not empty, with or without a port; or nothing at all. */
 const AUTHORITY = /^(?:(?!\.*(?::|$))(?:[0-9A-Za-z\-._~!$&'()*+,;=%]+|\[[0-9A-Fa-f:.]+\])(?::(?<port>\d{0,5}))?)?$/;
 
-/** An authority in lower case; undefined if this is none. Few are asked for, again and again. */
+/** An authority in lower case; undefined if this is none. Remembered, since the same few come again and again. */
 const authorityOf = remembered((text: string): string | undefined => {
   const match = AUTHORITY.exec(text);
   return match !== null && Number(match[1] ?? 0) <= 65535 ? text.toLowerCase() : undefined;
@@ -1172,7 +1173,7 @@ function parseTarget(method: string, target: string, host: string): Pick<Request
   return { authority: authority || host, path: path === "" && method !== "CONNECT" ? "/" : path, query };
 }
 
-/** RFC 9112 §6.3, without its mercies: any doubt about the length is a 400. */
+/** Stricter than RFC 9112 §6.3: any doubt about the length is a 400. */
 function parseFraming(fields: Pick<RequestHead, "text" | "marks">, minor: 0 | 1): Framing {
   const coding = fieldValue(fields, "transfer-encoding"), length = fieldValue(fields, "content-length");
   if (coding === undefined && length === undefined) return NO_CONTENT;
@@ -1211,7 +1212,7 @@ function parseChunkSize(line: string): number {
 // One request and its answer: refuses what is not for us, finds what it is for, has it answered, sends that, and turns
 // every error into a response.
 
-/** A request as a handler sees it. What costs something is made when it is asked for. */
+/** A request as a handler sees it. Path, query, content and `request` are decoded when they are first used. */
 export interface Incoming {
   /** Method, as it came. */
   readonly method: string;
@@ -1233,7 +1234,7 @@ export interface Incoming {
   readonly charset: string;
   /** Head of the response as it goes, for a stream that shows it; undefined before. */
   readonly responseHead: string | undefined;
-  /** The same as the web's `Request`, for what speaks it: `({ request }) => app.fetch(request)`. */
+  /** The same as a web-standard `Request`, for code that expects one: `({ request }) => app.fetch(request)`. */
   readonly request: Request;
   /** Value of a field, those of several lines joined by commas; undefined if absent. */
   header(name: string): string | undefined;
@@ -1261,7 +1262,7 @@ class Exchange implements Incoming {
   /** When it began, in milliseconds. */
   readonly now = Date.now();
   readonly #connection: Connection;
-  /** Why the request was refused before anybody looked what it wants. */
+  /** Why the request was refused before its head was interpreted. */
   readonly #refusal: unknown;
   readonly #content: RequestContent | undefined;
   #bytes: Promise<Uint8Array<ArrayBuffer>> | undefined;
@@ -1337,7 +1338,7 @@ class Exchange implements Incoming {
     }
   }
 
-  /** Head and content in one piece, for one write; what is kept to be sent again is composed once a second. */
+  /** Head and content in one piece, for one write. That of a kept response is reused until its Date changes. */
   compose(message: WholeMessage): Uint8Array {
     const goesOn = this.#goesOn(), { method, minor } = this.head, { kept } = message, date = this.server.date();
     const kind = (goesOn ? 1 : 0) + minor * 2 + (method === "HEAD" ? 4 : 0);
@@ -1352,7 +1353,7 @@ class Exchange implements Incoming {
   #goesOn(): boolean {
     const isAble = !this.server.draining && (this.#content?.canBeSkipped ?? true);
     if (isAble && this.head.persistent && this.#connection.ending === "no") return true;
-    // Who asked for the end has nothing more to send, but perhaps the content that nobody read.
+    // A client that asked for the end sends nothing more, but perhaps the rest of its content.
     const isExpected = isAble && this.#content === undefined;
     if (this.#connection.ending === "no") this.#connection.close(isExpected ? "close" : "linger");
     return false;
@@ -1368,8 +1369,8 @@ class Exchange implements Incoming {
     let before: Uint8Array = latin1Bytes(text), sent = 0, isMidway = false;
     if (head.method === "HEAD" || hasNoContent(status)) await content.cancel?.();
     else {
-      // The head leaves with the first piece, if that is not long in coming: when it cannot be had, an error
-      // page can still be sent.
+      // The head is sent with the first piece, if that comes soon: if making it fails, an error page can still
+      // be sent instead.
       const pieces = content.read()[Symbol.asyncIterator]();
       try {
         const first = pieces.next();
@@ -1405,7 +1406,7 @@ class Exchange implements Incoming {
     return this.#connection.number;
   }
 
-  /** Name that the client proved itself with, for the log; `-` if none was asked for. */
+  /** Name that the client logged in with, for the log; `-` if none was asked for. */
   get user(): string {
     const { auth } = this.server.settings, credentials = auth.length === 0 ? "" : credentialsOf(this);
     if (!isKnown(credentials, auth)) return "-";
@@ -1516,7 +1517,7 @@ function admit(exchange: Exchange): Message | Promise<Message> | undefined {
   }
   if (!server.answersTo(exchange.authority)) {
     const host = escapeControls(exchange.authority.replace(/:\d*$/, "").slice(0, 100));
-    throw new HttpError(421, `This server does not answer to that name: start it with --allow-host ${host}`);
+    throw new HttpError(421, `This server does not answer to that name: start it with --allow-host ${host} for that`);
   }
   if (cors && method === "OPTIONS" && exchange.header("access-control-request-method") !== undefined) {
     return representContent(exchange, { status: 204, headers: PREFLIGHT });
@@ -1527,7 +1528,7 @@ function admit(exchange: Exchange): Message | Promise<Message> | undefined {
 
 const EXPECTS_CONTINUE = /^100-continue$/i;
 
-/** What a preflight of Fetch §3.2.3 wants to hear; the last is for pages of public sites (Private Network Access §3.2). */
+/** The answer to a preflight (Fetch §3.2.3); the last field is for pages of public sites (Private Network Access §3.2). */
 const PREFLIGHT: Readonly<Record<string, string>> = {
   "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, PATCH, DELETE",
   "Access-Control-Allow-Headers": "*, Authorization",
@@ -1700,7 +1701,7 @@ function describeMethods(exchange: Exchange): Resource {
   const allow = [...allowed, "OPTIONS"].join(", ");
   if (method === "OPTIONS" && (allowed.size > 0 || isAsterisk)) return { kind: "methods", allow };
   if (!KNOWN_METHODS.includes(method)) throw new HttpError(501, "This method is not implemented");
-  if (allowed.size === 0 && method !== "CONNECT" && method !== "TRACE") throw new HttpError(404, "Nothing is here");
+  if (allowed.size === 0 && method !== "CONNECT" && method !== "TRACE") throw new HttpError(404, "Nothing was found");
   throw new HttpError(405, "This method is not allowed here", [["Allow", allow]]);
 }
 
@@ -1751,13 +1752,13 @@ interface Found {
   readonly info: Deno.FileInfo;
 }
 
-/** What a place is thought to cost besides the responses that are kept with it, in bytes. */
+/** Estimated size of a place without the responses that are kept with it, in bytes. */
 const PLACE_SIZE = 4096;
-/** Longest that a folder's word is taken for what is missing in it, in milliseconds. */
+/** Longest that a file is believed to be missing because its folder has not changed, in milliseconds. */
 const LONGEST_ABSENCE = 10_000;
 /** Longest that something is believed without another look, in milliseconds. */
 const LONGEST_LIFETIME = 100;
-/** What is believed so much of the time since it last changed: RFC 9111 §4.2.2 calls that heuristic freshness. */
+/** For this share of the time since it last changed, something is believed (RFC 9111 §4.2.2, heuristic freshness). */
 const LIFETIME_SHARE = 0.01;
 /** Time within which a second change may not show, in milliseconds: Deno gives the time of the last change in seconds. */
 const GRANULARITY = 1050;
@@ -1772,7 +1773,7 @@ function locateFile(exchange: Exchange): Resource {
   const isPage = typeOfExtension(percentDecodeText(path, "utf-8"), server.settings.type) === undefined;
   const page = fallback === undefined || !isPage ? undefined : placeOfName(server, fallback, 200);
   const instead = page ?? placeOfName(server, "404.html", 404);
-  if (instead === undefined) throw new HttpError(404, "Nothing is here");
+  if (instead === undefined) throw new HttpError(404, "Nothing was found");
   return instead;
 }
 
@@ -1851,7 +1852,7 @@ function folderWithout(path: string): Deno.FileInfo | undefined {
   return isThere && statOf(path) === undefined ? info : undefined;
 }
 
-/** For how long it is believed that something is as it was, that changed so long ago; both in milliseconds. */
+/** How long something is believed to be unchanged that last changed so long ago; both in milliseconds. */
 function lifetimeOf(age: number): number {
   return Math.min(LONGEST_LIFETIME, Math.max(0, (age - GRANULARITY) * LIFETIME_SHARE));
 }
@@ -1936,7 +1937,7 @@ function findPath(exchange: Exchange, site: Site, evidence: Evidence): Resource 
 /** Most charsets that a path is read in, besides those that are in force. */
 const PATH_READINGS = 6;
 
-/** What a path may read as: UTF-8, or in the charset in force, or as old links are: in what makes it the most ordinary text. */
+/** What a path may read as: UTF-8, the charset in force, or the charsets in which an old link is the most ordinary text. */
 function readingsOfPath({ head: { path }, charset, server }: Exchange): ReadonlySet<string> {
   const { sourceCharset } = server.settings, bytes = percentDecode(path);
   if (isPlain(path)) return new Set([path]);
@@ -2010,15 +2011,15 @@ interface FileFound {
   readonly time: number;
   /** Until when another change might not show in its times, in milliseconds. */
   readonly settles: number;
-  /** Whether that does not matter, or is over since it was last read. */
+  /** Whether that time was over when the file was last read, or does not matter. */
   isSettled: boolean;
   /** Differs between any two files, and any two states of one that show. */
   readonly tag: string;
-  /** Of its content, if it was read before it was settled: tells it from what was there, and did not show. */
+  /** Of its content, if that was read before it was settled: tells two states apart that have the same times. */
   digest?: string;
   /** What it was found by; the compressed one beside it is looked for later. */
   readonly evidence: Evidence;
-  /** What it is, once that was looked into. */
+  /** What it is, once its content was looked at. */
   nature?: Nature | undefined;
   /** Its bytes, while they are being read. */
   reading?: Promise<Opened> | undefined;
@@ -2043,7 +2044,7 @@ function isTimeSet({ mtime, ctime }: Deno.FileInfo): boolean {
 function describeFile(path: string, name: string, info: Deno.FileInfo, evidence: Evidence): FileFound {
   const now = Date.now(), { size } = info, changed = changeTime(info, now);
   const settles = changed + (info.ctime === null ? RACY_TIME : GRANULARITY);
-  // Nobody writes a large file twice within a tick of the clock: there, only times that were set by hand say too little.
+  // Writing a large file takes longer than a tick of the clock: its times tell states apart, unless they were set by hand.
   const isSettled = now >= settles || size > BUFFERED_LIMIT && !isTimeSet(info);
   const state = [info.ino, info.birthtime?.getTime(), info.mtime?.getTime(), info.ctime?.getTime(), size, info.dev];
   const tag = state.map((number) => (number ?? 0).toString(36)).join("-");
@@ -2230,7 +2231,7 @@ function addVary(fields: Field[], name: string): void {
 /** The answer that says what went wrong, as a small page. */
 function errorMessage({ server, head }: Exchange, error: unknown): WholeMessage {
   const isExpected = error instanceof HttpError;
-  const { status, message, fields } = isExpected ? error : new HttpError(500, "The server could not make this page");
+  const { status, message, fields } = isExpected ? error : new HttpError(500, "The server failed to answer");
   const charset = server.settings.charset ?? "utf-8", title = `${status} ${REASONS[status] ?? "Error"}`;
   const said = escapeControls(message), sentence = /[.?!]$/.test(said) ? said : `${said}.`;
   return {
@@ -2325,7 +2326,7 @@ interface Entry<V> {
   readonly size: number;
 }
 
-/** A cache of things with sizes. What was not asked for while half of it filled up goes, all at once. */
+/** A cache with a limit in bytes. What was not asked for while half of it filled up is dropped, all at once. */
 class Cache<V> {
   readonly #limit: number;
   #recent = new Map<string, Entry<V>>();
@@ -2365,7 +2366,7 @@ class Cache<V> {
   }
 }
 
-/** What a file is, once that was looked into. */
+/** What a file is, once its content was looked at. */
 interface Nature {
   /** Media type. */
   readonly type: string;
@@ -2380,7 +2381,7 @@ interface Nature {
 /** A file as it will be sent: in which charset and coding, and whose bytes. */
 interface Variant {
   readonly encoding: string | undefined;
-  /** The same, if it is sure enough to be said. */
+  /** The charset to declare: `encoding`, if that is sure enough. */
   readonly label: string | undefined;
   /** Whether a byte-order mark is put before it. */
   readonly hasMark: boolean;
@@ -2686,7 +2687,7 @@ async function openFile(server: HttpServer, path: string): Promise<Deno.FsFile> 
     // Another may have taken its place meanwhile, as it should be.
     file.close();
   }
-  throw new HttpError(404, "Nothing is here any more");
+  throw new HttpError(404, "It is not there any more");
 }
 
 /** Opens a file; undefined if there is none, or if that takes too long, as it does with a pipe that nobody writes to. */
@@ -2839,7 +2840,7 @@ function detectedEncoding(
   return { encoding: best.encoding, isSure: isSure(readings) };
 }
 
-/** Codings that a client accepts no less than the bytes as they are, best first (RFC 9110 §12.5.3). */
+/** Codings that a client accepts, unless it prefers the bytes uncompressed; best first (RFC 9110 §12.5.3). */
 const acceptedCodings = remembered((accept: string | undefined): readonly Coding[] => {
   if (accept === undefined) return [];
   const qualities = parseAccept(accept);
@@ -2948,7 +2949,7 @@ function evaluatePreconditions(head: RequestHead, { etag, time }: Validators): 2
   const hasChanged = ifMatch !== undefined
     ? !matchesTag(ifMatch, etag, "strong")
     : modified > parseDate(unmodifiedSince ?? "");
-  if (hasChanged) throw new HttpError(412, "The file is not the one you mean", [["ETag", etag]]);
+  if (hasChanged) throw new HttpError(412, "The file has changed, or is another one", [["ETag", etag]]);
   const isKnown = ifNoneMatch !== undefined
     ? matchesTag(ifNoneMatch, etag, "weak")
     : isReading && isPast(modified) && modified <= parseDate(modifiedSince ?? "");
@@ -2997,7 +2998,7 @@ function parseRange(value: string, length: number): ByteRange[] | undefined {
   const ranges: ByteRange[] = [], specs = set === undefined ? [] : parseList(set);
   if (specs.length === 0 || specs.length > RANGE_LIMIT) return undefined;
   for (const spec of specs) {
-    // More digits than a number holds are more than there are bytes.
+    // A number too large to be exact lies beyond the end of any file: rounding does no harm.
     const [, first, last] = /^(\d*)-(\d*)$/.exec(spec) ?? [];
     if (first === undefined || last === undefined || first + last === "") return undefined;
     const isSuffix = first === "", start = isSuffix ? Math.max(0, length - Number(last)) : Number(first);
@@ -3188,7 +3189,7 @@ const CRLF = new TextEncoder().encode("\r\n"), LAST_CHUNK = new TextEncoder().en
 // only UTF-8, so an encoder is made from the platform's decoder when it is first needed: decode every
 // byte sequence, note which character came out, and look characters up in what was noted.
 //
-// An encoder is not quite its decoder turned round, and each exception is written down where it is
+// An encoder is not exactly the inverse of its decoder, and each exception is written down where it is
 // made: sequences that are read but never written, characters with several sequences, characters
 // written without being read back (Encoding §9 to §14).
 
@@ -3313,7 +3314,7 @@ function encodeText(text: string, encoding: string, mode: Unmappable, carry?: Ca
   return { bytes: writer.bytes.subarray(0, writer.length), lost: writer.lost };
 }
 
-/** What encoders write into: bytes that grow, and the answer to what the charset lacks. */
+/** What encoders write into: a buffer that grows, and what becomes of characters that the charset lacks. */
 class Writer {
   bytes: Uint8Array<ArrayBuffer>;
   length = 0;
@@ -3364,8 +3365,8 @@ function writeTable(text: string, repertoire: Repertoire, writer: Writer): void 
   }
 }
 
-// These two loops are what encoding costs. They know nothing of what is rare, so that they stay fast whatever came
-// before. Each returns where it met a unit that its table lacks.
+// Encoding spends its time in these two loops. Rare characters are left to other functions, so that the loops stay
+// fast. Each returns where it met a unit that its table lacks.
 
 function writeSingles(text: string, at: number, table: Uint8Array | Uint16Array, writer: Writer): number {
   const { bytes } = writer, end = text.length;
@@ -3509,9 +3510,9 @@ function singleByteRepertoire(encoding: string): Repertoire {
 }
 
 /**
- * What all pairs of these lead and trail bytes decode to, turned round. They are decoded in one call,
+ * What all pairs of these lead and trail bytes decode to, inverted. They are decoded in one call,
  * a line feed behind each, since an undefined pair may yield two characters: no trail byte is a line
- * feed, so a decoder always finds its feet there. Of several pairs the first wins, or the last where
+ * feed, so there a decoder always begins anew. Of several pairs the first wins, or the last where
  * `lastWins` says so.
  */
 function pairs(encoding: string, leads: readonly number[], trails: readonly number[], lastWins = "") {
@@ -3665,7 +3666,7 @@ function isLikelierUtf8(bytes: Uint8Array, charset: string): boolean {
   return best === undefined || best.encoding === "utf-8";
 }
 
-/** Whether text from the wire stands for itself. */
+/** Whether text from the wire needs no decoding: it is ASCII, and nothing in it is percent-encoded. */
 function isPlain(text: string): boolean {
   return !/[%\x80-\xff]/.test(text);
 }
@@ -3921,7 +3922,7 @@ function tellingBytes(bytes: Uint8Array): Uint8Array {
   for (let i = 0; i < runs.length && length < SAMPLE; i += step) {
     const run = runs[Math.trunc(i)]!;
     sample.set(run, length);
-    // Every decoder finds its feet at a line feed.
+    // At a line feed, every decoder begins anew.
     sample[(length += run.length + 1) - 1] = 0x0a;
   }
   return sample.subarray(0, length);
@@ -4284,7 +4285,7 @@ function mixUpBits(written: Candidate, read: Candidate): number {
   return MIX_UP + written.rarity + read.rarity + (isUsual ? 0 : UNUSUAL);
 }
 
-/** Bytes, as Latin-1, in pieces between those lost. */
+/** The bytes behind a text, as Latin-1, split where bytes were lost. */
 type Pieces = readonly string[];
 
 /** The bytes that may be behind a text, with the encodings that would read them so. */
@@ -4366,7 +4367,7 @@ interface Meaning {
   readonly bits: number;
 }
 
-/** What bytes may have been meant as. */
+/** The texts that bytes may have been. */
 function meanings(pieces: Pieces, written: Candidate): readonly Meaning[] {
   const { encoding } = written;
   if (pieces.length > 1) {
@@ -4462,7 +4463,7 @@ function otherThanMixUps(text: string): Diagnosis[] {
 }
 
 // ── Media types ──────────────────────────────────────────────────────────────────────────────────
-// What a thing is follows from the end of its name, or from a look into it; what charset it may have, from what it is.
+// A file's type follows from its extension, or from a look into it; the charsets it may be in, from its type.
 
 /** Media types, each with the extensions that mean it. Source code is text to be read. */
 const mediaTypes = lazily((): ReadonlyMap<string, string> =>
@@ -4551,7 +4552,7 @@ const TEXT_TYPE = /^(?:text\/.*|application\/(?:xml|sql|x-subrip|x-sh)|audio\/x-
 /** Types whose Content-Type has no charset parameter by definition. */
 const UNLABELLED_TYPE = /json[5c]?$|^text\/event-stream$|^application\/(?:toml|yaml)$/;
 const MARKUP_TYPE = /^text\/html$|xml$/;
-/** Types that are no text and yet become shorter. */
+/** Types that are no text, but worth compressing. */
 const COMPRESSIBLE_TYPE =
   /^(?:application\/(?:wasm|rtf|vnd\.ms-fontobject)|font\/(?:ttf|otf|collection)|image\/(?:bmp|vnd\.microsoft\.icon)|audio\/midi|model\/gltf-binary|message\/rfc822)$/;
 
@@ -4829,9 +4830,9 @@ async function readPage(server: HttpServer, path: string, asked: ListingQuery) {
   const site = server.site();
   for (let attempt = 0; attempt < LISTING_ATTEMPTS; attempt++) {
     const folder = statOf(path), listed = await readFolder(server, site, path).catch(absence);
-    if (folder === undefined || listed === undefined) throw new HttpError(404, "Nothing is here any more");
+    if (folder === undefined || listed === undefined) throw new HttpError(404, "It is not there any more");
     const entries = await describePage(server, site, path, listed, asked);
-    // Whoever swaps the folder for a link must not have us tell what is elsewhere.
+    // If the folder was swapped for a link meanwhile, nothing from elsewhere may be shown.
     const shown = entries.filter(({ name }) => !listed.links.has(name));
     const isShown = (found: Deno.FileInfo) => {
       const entry = shown[Math.floor(Math.random() * shown.length)], info = entry && statOf(entry.real);
@@ -5038,7 +5039,7 @@ const SEARCHED_FILE = 16 * 1024 * 1024;
 const SEARCHED_PIECE = 64 * 1024;
 /** Most searches at once, and longest that the next one waits, in milliseconds. */
 const SEARCHES = 2, SEARCH_PATIENCE = 5000;
-/** Results leave together that are found in this time; after that much silence, something does, in milliseconds. */
+/** Results found within this time are sent together; after that much silence, white space is sent. In milliseconds. */
 const SEARCH_PACE = 100, SEARCH_SILENCE = 1000;
 /** What is shown of a line, and what of that stands before the first word, in UTF-16 code units. */
 const SNIPPET_LENGTH = 160, SNIPPET_START = 40;
@@ -5129,7 +5130,7 @@ async function* searchPieces(
     if (hit !== undefined) text += form.result(hit, search.results++);
     const now = performance.now();
     if (now - told < (text === "" ? SEARCH_SILENCE : SEARCH_PACE)) continue;
-    // White space says nothing, but whether the client is still there.
+    // White space shows nothing, but sending it tells whether the client is still there.
     yield encoded(text || "\n");
     [text, told] = ["", now];
   }
@@ -5232,7 +5233,7 @@ async function searchText(search: Search, path: readonly string[], real: string)
   }
 }
 
-/** What the place of a file that nobody asked for is found by. */
+/** For files that are only searched: nothing is kept of them. */
 const NO_EVIDENCE: Evidence = { key: "", places: new Cache(0), looks: [], since: 0, looked: 0, changed: 0 };
 
 async function findLine(
@@ -5359,7 +5360,7 @@ async function* blocksOf(
   pieces: AsyncIterable<Uint8Array>,
   { type, encoding }: Nature,
 ): AsyncGenerator<string> {
-  // ASCII is ASCII, in whatever it is.
+  // Of text in an unknown charset, the ASCII can be searched.
   const decoder = new TextDecoder(encoding ?? "windows-1252");
   const visible = MARKUP_TYPE.test(type) ? markupReader() : (text: string) => text;
   let rest = "";
@@ -5376,7 +5377,7 @@ async function* blocksOf(
 interface Scan {
   /** Words that were not met yet. */
   readonly missing: Set<string>;
-  /** How many lines are behind us. */
+  /** How many lines have been searched. */
   lines: number;
   /** The first line with most of the words, and how many it has. */
   line: TextLine | undefined;
@@ -5389,7 +5390,7 @@ function scanBlock(words: readonly string[], scan: Scan, block: string): void {
     const at = folded.indexOf(word);
     if (at < 0) continue;
     scan.missing.delete(word);
-    // Folding leaves lines as they are.
+    // Folding keeps line feeds.
     const start = folded.lastIndexOf("\n", at) + 1, index = countLines(folded.slice(0, start));
     const line = lineOf(block, index), whole = fold(line), most = words.filter((word) => whole.includes(word)).length;
     if (most <= scan.most) continue;
@@ -5437,13 +5438,13 @@ function fold(text: string): string {
     .replaceAll("i\u0307", "i");
 }
 
-/** Elements that end no word. */
+/** Elements that may stand within a word. */
 const INLINE_ELEMENTS: ReadonlySet<string> = new Set(
   `a abbr b bdi bdo big cite code del dfn em font i ins kbd mark nobr q rb ruby s samp small span strike strong sub sup
   tt u var wbr`.split(/\s+/),
 );
 
-/** What is no text in HTML and XML, or stands for a character. What ends with an empty group may go on behind its end. */
+/** Markup and character references of HTML and XML. A match with an empty group is cut: it may go on in the next piece. */
 const MARKUP_TOKEN = new RegExp(
   [
     /<!\[CDATA\[|\]\]>/,
@@ -5672,7 +5673,7 @@ async function readForm(incoming: Incoming): Promise<SentForm> {
   if (incoming.method !== "POST") return { fields: incoming.query, file: undefined };
   const type = incoming.header("content-type") ?? "";
   if (essenceOf(type) !== "multipart/form-data") return { fields: await incoming.form(), file: undefined };
-  // The platform reads a form's text as UTF-8: given a character for each byte, it leaves the bytes as they are.
+  // The platform reads a form's text as UTF-8: written as one character each, the bytes come through unchanged.
   const content = UTF8_ENCODER.encode(latin1(await incoming.bytes()));
   const form = await new Response(content, { headers: { "Content-Type": type } }).formData().catch((cause) => {
     throw new HttpError(400, `Cannot parse the form: ${(cause as Error).message}`);
@@ -5732,7 +5733,7 @@ function labHtml(experiment: Experiment): string {
     `charserve: ${charset}`,
     `<header>
 <h1>The charset lab</h1>
-<p>This page was sent in <strong>${charset}</strong>${shownDeclare}. Text is bytes, and a name for the rule that reads them; when the name is wrong, the text is garbled.</p>
+<p>This page was sent in <strong>${charset}</strong>${shownDeclare}. Text is sent as bytes, with the name of the charset to read them in. When the name is wrong, the text is garbled.</p>
 ${declare === undefined ? "" : truth}
 </header>
 <main>
@@ -5778,7 +5779,7 @@ function labForm({ text, charset, declare }: Experiment): string {
   return `<form class="card" action="./" method="post" enctype="multipart/form-data" aria-label="Experiment">
 <input type="hidden" name="_charset_">
 <label class="wide">Text <textarea name="text" rows="3" spellcheck="false">\n${escapeMarkup(text)}</textarea></label>
-<label class="wide">or a file, whose charset is looked for <input type="file" name="file"></label>
+<label class="wide">or a file, to find out its charset <input type="file" name="file"></label>
 <label>Sent in <select name="charset">${options(charset)}</select></label>
 <label>Declared as <select name="declare"><option value="">the truth</option><option value="none"${
     declare === "none" ? " selected" : ""
@@ -5848,9 +5849,9 @@ function labReadings(text: string, charset: string): string {
       `<thead><tr><th scope="col">Read as<th scope="col">Text</thead><tbody>${rows.join("\n")}</tbody>`,
     );
   };
-  return `<section aria-labelledby="readings"><h2 id="readings">How it reads elsewhere</h2>
+  return `<section aria-labelledby="readings"><h2 id="readings">How it reads in other charsets</h2>
 <p class="bytes">${hex(bytes)}</p>
-<p>These are the bytes just sent. Whoever takes them for another charset reads this; follow a name, and your own browser does.</p>
+<p>These are the bytes just sent, and this is what they look like in other charsets. Follow a name, and your own browser makes that mistake.</p>
 ${table(USUAL_SUSPECTS)}<details><summary>In the ${others.length} other charsets</summary>${
     table(others)
   }</details></section>`;
@@ -5913,7 +5914,7 @@ function labWire({ requestHead, responseHead }: Experiment): string {
     return scrollable(id, `<caption id="${id}">${title}</caption><tbody>${rows.join("\n")}</tbody>`);
   };
   return `<section aria-labelledby="wire"><h2 id="wire">On the wire</h2>
-<p>What your browser sent to get this page, and what stood before it in the answer. <code>--log wire</code> shows the same in the terminal.</p>
+<p>The head of the request that your browser sent for this page, and the head of the answer. <code>--log wire</code> shows the same in the terminal.</p>
 ${table("request-head", "The request, as it came", requestHead)}
 ${table("response-head", "The response, as it went", responseHead)}</section>`;
 }
@@ -5962,8 +5963,8 @@ function labDetection(readings: readonly Detection[]): string {
     } %</td><td class="text"><bdi>${readingHtml(shownPart(text))}</bdi></td></tr>`
   );
   const head = `<thead><tr><th scope="col">Charset<th scope="col">How sure<th scope="col">It reads</thead>`;
-  return `<section aria-labelledby="detection"><h2 id="detection">What is the file in?</h2>
-<p>Likeliest first. The text above is the file read so.</p>
+  return `<section aria-labelledby="detection"><h2 id="detection">Which charset is the file in?</h2>
+<p>Likeliest first. The text above is the file, read in the first of these.</p>
 ${scrollable("detection", `${head}<tbody>${rows.join("\n")}</tbody>`)}</section>`;
 }
 
@@ -6117,7 +6118,7 @@ const REASONS: Readonly<Record<number, string>> = {
 };
 
 /**
- * An answer that is not the one hoped for. Any stage, and any handler, may throw it; the connection
+ * An error that is an answer, such as 404. Any stage, and any handler, may throw it; the connection
  * turns it into a small page. The message is shown to the client.
  */
 export class HttpError extends Error {
@@ -6140,7 +6141,7 @@ export class HttpError extends Error {
   }
 }
 
-/** A request that cannot be told from the next one: answered, and the connection closed. */
+/** Nobody can say where the request ends and the next one begins: it is answered, and the connection closed. */
 class FramingError extends HttpError {}
 
 function describe(error: unknown): string {
@@ -6217,12 +6218,12 @@ function essenceOf(contentType: string): string {
   return trimSpace(contentType.split(";", 1)[0]!).toLowerCase();
 }
 
-/** Text with what markup would take for its own made harmless. */
+/** Text with the characters escaped that mean something in markup. */
 function escapeMarkup(text: string): string {
   return text.replace(/[&<>"']/g, (character) => `&#${character.charCodeAt(0)};`);
 }
 
-/** Text that is safe on a terminal and in one line of a log: no control characters, nothing that turns it about. */
+/** Text that is safe on a terminal and in one line of a log: no control characters, none that change its direction. */
 function escapeControls(text: string): string {
   // deno-lint-ignore no-control-regex
   return text.replace(/[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]/g, (character) => {
@@ -6265,7 +6266,7 @@ function writeLatin1(text: string, bytes: Uint8Array): void {
   for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
 }
 
-/** In bytes. As long as one cut of it is in use, all of it is. */
+/** Size of a shared buffer, in bytes. All of it stays in memory as long as any part of it is in use. */
 const SLAB_SIZE = 32 * 1024;
 /** Small buffers are cut from a larger one, since each of its own would cost more than what is written into it. */
 let slab = new Uint8Array(0);
@@ -6289,7 +6290,7 @@ function concat(parts: readonly Uint8Array[]): Uint8Array<ArrayBuffer> {
 /** Most results that `remembered` keeps. */
 const REMEMBERED = 256;
 
-/** The same function, which remembers its last results: for what few clients say differently. */
+/** The same function, but it remembers its last results: for values that most clients send alike. */
 function remembered<A, T>(make: (argument: A) => T): (argument: A) => T {
   const made = new Map<A, T>();
   return (argument) => {
@@ -6302,7 +6303,7 @@ function remembered<A, T>(make: (argument: A) => T): (argument: A) => T {
   };
 }
 
-/** A text that keeps nothing else in memory: a part of another one would keep that. */
+/** A copy of a text: a part of a longer one would keep all of that in memory. */
 function copyOf(text: string): string {
   return UTF8_DECODER.decode(UTF8_ENCODER.encode(text));
 }
@@ -6314,7 +6315,7 @@ function lazily<T>(make: () => T): () => T {
 }
 
 // ── Log ──────────────────────────────────────────────────────────────────────────────────────────
-// What happened, a line each, written beside the answers and not before them.
+// A line for each thing that happened. Lines are gathered and written together: no answer waits for the log.
 
 /** Most text of the log that waits for a slow reader, in characters; what comes then is counted and dropped. */
 const LOG_LIMIT = 4 * 1024 * 1024;
@@ -6325,7 +6326,7 @@ const DETECTIONS = 1000;
 /** For how long lines are gathered, in milliseconds. */
 const LOG_INTERVAL = 50;
 
-/** Gathers lines and writes them together, whole lines at a time, beside the answers and not before them. */
+/** Gathers lines and writes them together, whole lines at a time, while answers go on. */
 class Log {
   readonly #form: Settings["log"];
   readonly #write: (lines: string) => void | Promise<unknown>;
@@ -6426,9 +6427,9 @@ class Log {
   }
 }
 
-/** A head, a line each: `>` from the client, `<` to it. What a client proves itself with is nobody else's business. */
+/** A head, a line each: `>` from the client, `<` to it. Passwords are not shown. */
 function wireLines(connection: number, direction: string, head: string): string {
-  // Also of a head that is refused, with a space before the colon, or a value that goes on.
+  // Not in a refused head either, where a space may stand before the colon, and a value go on in the next line.
   const shown = head.replace(/^((?:proxy-)?authorization[ \t]*:).*(?:\r?\n[ \t].*)*/gim, "$1 ***");
   return shown.replace(/\r\n$/, "").split("\r\n").map((line) => `[${connection}] ${direction} ${escapeWire(line)}\n`)
     .join("");
@@ -6549,7 +6550,7 @@ interface Option {
   readonly initial?: unknown;
   /** May be given several times: its values make a list, or one record. */
   readonly many?: "list" | "record";
-  /** What it does nothing without, and what it contradicts: other options, or ROOT. */
+  /** What it has no effect without, and what it contradicts: other options, or ROOT. */
   readonly needs?: string;
   readonly excludes?: readonly string[];
   /** What was typed must not be shown to anybody. */
@@ -6804,7 +6805,7 @@ interface ArgumentsPackage {
 async function splitArguments(args: readonly string[]): Promise<Typed> {
   const { promise: late, resolve } = Promise.withResolvers<undefined>();
   const timer = setTimeout(() => resolve(undefined), PACKAGE_PATIENCE);
-  // In two pieces: Deno fetches what it reads in one before the first line runs, and waits for the network.
+  // The name is put together here: a literal one Deno would fetch before the first line runs, and wait for the network.
   const module = "parse-args", loading = import(`jsr:@std/cli@^1/${module}`).catch(() => undefined);
   const loaded: ArgumentsPackage | undefined = await Promise.race([loading, late]);
   clearTimeout(timer);
@@ -6827,7 +6828,7 @@ function splitByNode({ parseArgs }: typeof import("node:util"), args: readonly s
 function splitByPackage({ parseArgs }: ArgumentsPackage, args: readonly string[]): Typed {
   const options: [string, string][] = [];
   const { _: words } = parseArgs(attachValues(args), {
-    // Told of every option that it does not know: of all. Of `--no-listing=x` and `--body=` it would make other keys.
+    // Called for each option, since the package was told of none. Its key for `--no-listing=x` or `--body=` is another.
     unknown(argument, key, value) {
       const flag = argument.startsWith("--") ? argument.replace(/(?<=.{3})=.*/s, "") : `-${key}`;
       options.push([flag, typeof value === "string" ? value : ""]);
@@ -6957,7 +6958,7 @@ async function main(args: readonly string[]): Promise<void> {
     if (settings.help) console.log(helpText());
     else if (settings.version) console.log(`charserve ${VERSION} (Deno ${Deno.version.deno})`);
     else await run(settings);
-    // To come to an end would not do: a package that never arrives keeps the process waiting for it.
+    // Without this, a package that never arrives would keep the process running.
     Deno.exit(0);
   } catch (error) {
     console.error(`charserve: ${escapeControls(explainFailure(error, settings))}`);
@@ -6971,7 +6972,7 @@ async function run(settings: CommandLine): Promise<void> {
   stopOnSignal(server);
   console.log(urlsOf(server.addr, settings.cert !== undefined).join("\n"));
   if (isAnyAddress(server.addr) && ownAddresses() === undefined) {
-    console.error("charserve: other machines need this one's address; --allow-sys=networkInterfaces shows it here");
+    console.error("charserve: other machines need this one's address: add --allow-sys=networkInterfaces to see it");
   }
   await server.finished;
 }
