@@ -4616,11 +4616,14 @@ function findDeclarations(text: string, type: string): Declaration[] {
   return isHtml ? [...findMetaDeclarations(head), ...xml] : xml;
 }
 
+/** Reads ASCII as ASCII, all else as private-use characters, and is fast (Encoding §14.5). */
+const PRESCAN_DECODER = new TextDecoder("x-user-defined");
+
 /** The encoding that a document declares within itself: the first that exists, if any. */
 function declaredEncoding(bytes: Uint8Array, type: string): string | undefined {
   // HTML §4.2.5.4: in XHTML a `meta` declares nothing. It is only kept from lying when its page is converted.
   const reading = type === XHTML ? "application/xml" : type;
-  const declarations = findDeclarations(latin1(bytes.subarray(0, DECLARATION_LIMIT)), reading);
+  const declarations = findDeclarations(PRESCAN_DECODER.decode(bytes.subarray(0, DECLARATION_LIMIT)), reading);
   const found = declarations.find(({ label }) => LABELS.includes(label.toLowerCase()));
   const encoding = found && encodingOf(found.label);
   // HTML §13.2.3.2: whoever can read the declaration as ASCII is not reading UTF-16.
@@ -4714,7 +4717,7 @@ textarea { min-height: 5rem; resize: vertical } button { justify-self: start; wi
 details { margin: .5rem 0 } summary { cursor: pointer; padding: .25rem 0 } .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100% } caption { text-align: start; color: var(--soft); padding-bottom: .5rem }
 th, td { text-align: start; vertical-align: top; padding: .4rem 1rem .4rem 0; border-bottom: 1px solid var(--line) } th { font-weight: 600; white-space: nowrap } .number { text-align: end; white-space: nowrap; font-variant-numeric: tabular-nums } td time { white-space: nowrap } td.text { overflow-wrap: anywhere; min-width: 14rem } form td.text { min-width: 0; width: 100% }
 th button { padding: 0; color: var(--accent); background: none; border: 0; text-decoration: underline } .tick { display: flex; align-items: center; gap: .5rem; padding-block: .5rem; font-weight: 400 } .tick input { width: auto }
-.results { padding-inline-start: 2.5rem } .results li { margin: 1rem 0; overflow-wrap: anywhere } .results p { margin: 0 } main:has(.over) .running { display: none } @media (max-width: 30rem) { .clock { display: none } .results { padding: 0 } }
+.search + form { margin-top: 1.5rem } .results { padding-inline-start: 2.5rem } .results li { margin: 1rem 0; overflow-wrap: anywhere } .results p { margin: 0 } main:has(.over) .running { display: none } @media (max-width: 30rem) { .clock { display: none } .results { padding: 0; list-style: none } }
 .char { font-size: 1.35rem; line-height: 1.2 } mark { color: inherit; background: var(--wrong); border-radius: .2em; padding: 0 .1em } .notice { padding: .75rem 1.25rem; background: var(--wrong); border-radius: .5rem }
 .greetings { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: .75rem 1.5rem; margin: 1rem 0 } .greetings dd { margin: 0 }
 nav { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem } footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line); color: var(--soft) }
@@ -4939,8 +4942,8 @@ function listingHtml(
   entries: readonly FolderEntry[],
   { sort, descending, page, count, pages }: ListingQuery & { readonly count: number; readonly pages: number },
 ): string {
-  const suffix = keptQuery(exchange, {}),
-    order = sort === "name" && !descending ? {} : { sort: (descending ? "-" : "") + sort };
+  const suffix = keptQuery(exchange, {}), sign = descending ? "-" : "";
+  const order: Record<string, string> = sort === "name" && !descending ? {} : { sort: sign + sort };
   // Buttons, and not links: a program that follows all links would fetch each folder in each order.
   const column = (title: string, key: ListingQuery["sort"]) => {
     const current = sort === key, value = current && !descending ? `-${key}` : key;
@@ -5059,6 +5062,7 @@ interface Search {
   readonly site: Site;
   readonly words: readonly string[];
   readonly inText: boolean;
+  readonly letters: Letters;
   readonly started: number;
   names: number;
   /** Whose text was looked at. */
@@ -5117,7 +5121,8 @@ async function* searchPieces(
   charset: string,
 ): AsyncGenerator<Uint8Array> {
   using _ = await searchTurn();
-  const search: Search = { ...asked, started: performance.now(), names: 0, files: 0, bytes: 0, large: 0, results: 0 };
+  const letters = lettersOf(asked.inText ? asked.words : []), started = performance.now();
+  const search: Search = { ...asked, letters, started, names: 0, files: 0, bytes: 0, large: 0, results: 0 };
   const encoded = (text: string) => encodeText(text, charset, "html").bytes;
   yield encoded(form.start);
   let text = "", told = performance.now() - SEARCH_PACE;
@@ -5172,24 +5177,33 @@ function stopReason({ results, started }: Search): string | undefined {
  */
 async function* searchBelow(search: Search, root: string): AsyncGenerator<Hit | undefined> {
   const { server, site } = search, folders = new Map<string, readonly string[]>([[root, []]]);
-  for (const [real, path] of folders) {
+  for (const [folder, path] of folders) {
     // What cannot be read is passed over.
-    const listed = await readFolder(server, site, real).catch(() => undefined);
+    const listed = await readFolder(server, site, folder).catch(() => undefined);
     if (listed === undefined) continue;
     for (const [i, name] of [...listed.folders, ...listed.files].entries()) {
       if (stopReason(search) !== undefined) return;
+      const isFolder = i < listed.folders.length, below = [...path, name], link = listed.links.get(name);
+      const real = link?.real ?? pathBelow({ ...site, path: folder }, name);
+      if (isFolder && !folders.has(real)) folders.set(real, below);
       if (++search.names % LISTING_SLICE === 0) await new Promise((resolve) => setTimeout(resolve));
-      const link = listed.links.get(name), below = [...path, name];
-      const found = link?.real ?? pathBelow({ ...site, path: real }, name);
-      if (i < listed.folders.length && !folders.has(found)) folders.set(found, below);
-      const hit = search.inText && i >= listed.folders.length ? await searchText(search, found, name) : undefined;
-      if (hit === undefined && !hasAll(fold(name), search.words)) yield undefined;
-      else {
-        const entry = hit?.entry ?? link ?? describeEntry(server, site, real, name, false);
-        yield entry && isThere(server, entry) ? { path: below, entry, line: hit?.line } : undefined;
-      }
+      const hit = search.inText && !isFolder ? await searchText(search, below, real) : undefined;
+      yield hit ?? searchName(search, below, real, link);
     }
   }
+}
+
+/** What is found by its name, if that has all the words. */
+function searchName(
+  { server, words }: Search,
+  path: readonly string[],
+  real: string,
+  link: FolderEntry | undefined,
+): Hit | undefined {
+  const name = path.at(-1)!;
+  if (!hasAll(fold(name), words)) return undefined;
+  const info = link?.info ?? statOf(real), entry = info && entryOf(name, real, info);
+  return entry && isThere(server, entry) ? { path, entry } : undefined;
 }
 
 /** Whether something found is in its place, and no link led there while it was looked at. */
@@ -5201,17 +5215,22 @@ function hasAll(folded: string, words: readonly string[]): boolean {
   return words.every((word) => folded.includes(word));
 }
 
-/** The line of a file's text that has most of the words, if all of them are in the text. */
-async function searchText(search: Search, path: string, name: string) {
-  const { type } = typeOfName(name, search.server.settings.type);
+/** What is found in the text of a file, if that has all the words. What cannot be read is passed over. */
+async function searchText(search: Search, path: readonly string[], real: string): Promise<Hit | undefined> {
+  const name = path.at(-1)!, { type } = typeOfName(name, search.server.settings.type);
   // What is no text by its name is not even opened.
   if (type !== undefined && type !== "video/mp2t" && charsetRule(type) === "none") return undefined;
-  using file = await openInTime(path).catch(() => undefined);
-  const info = await file?.stat(), entry = info && entryOf(name, path, info);
-  if (file === undefined || entry === undefined || entry.isFolder) return undefined;
-  if (entry.size > SEARCHED_FILE) search.large++;
-  const line = entry.size > SEARCHED_FILE ? undefined : await findLine(search, file, entry);
-  return line && { entry, line };
+  try {
+    // Others get their turn while this is waited for. To wait for what follows, too, would take longer than to do it.
+    using file = await openInTime(real);
+    const entry = file && entryOf(name, real, file.statSync());
+    if (file === undefined || entry === undefined || entry.isFolder) return undefined;
+    if (entry.size > SEARCHED_FILE) search.large++;
+    const line = entry.size > SEARCHED_FILE ? undefined : await findLine(search, file, entry);
+    return line && isThere(search.server, entry) ? { path, entry, line } : undefined;
+  } catch {
+    return undefined;
+  }
 }
 
 /** For files that are only searched: nothing is kept of them. */
@@ -5222,8 +5241,14 @@ async function findLine(
   file: Deno.FsFile,
   { name, real, info }: FolderEntry,
 ): Promise<TextLine | undefined> {
-  const sample = new Uint8Array(Math.min(info.size, BUFFERED_LIMIT)), length = await readFully(file, sample);
+  const sample = new Uint8Array(Math.min(info.size, BUFFERED_LIMIT));
+  const length = info.size > SEARCHED_PIECE ? await readFully(file, sample) : file.readSync(sample) ?? 0;
   const found = describeFile(real, name, info, NO_EVIDENCE);
+  if (info.size <= BUFFERED_LIMIT && !mayHaveLetters(sample, search.letters)) {
+    search.files++;
+    search.bytes += length;
+    return undefined;
+  }
   const nature = await natureOf(search.server, found, sample.subarray(0, length));
   if (nature.coding !== undefined || charsetRule(nature.type) === "none") return undefined;
   search.files++;
@@ -5235,6 +5260,89 @@ async function findLine(
   }
   return undefined;
 }
+
+/** Letters of Chinese, Japanese and Korean, up to U+FFFF: they take two bytes or more, wherever they can be written. */
+const WIDE_LETTER = /(?![\u{10000}-\u{10ffff}])[\p{sc=Han}\p{sc=Hiragana}\p{sc=Katakana}\p{sc=Hangul}]/gu;
+
+/**
+ * Which pairs of bytes may be one of some letters, in whatever encoding: a bit a letter, and all bits that there are.
+ * A file that lacks a letter need not be read. To find out what it is in, and to decode it, would take much longer.
+ */
+interface Letters {
+  readonly bits: Uint8Array;
+  readonly all: number;
+}
+
+function lettersOf(words: readonly string[]): Letters {
+  const letters = [...new Set(words.join("").match(WIDE_LETTER))].slice(0, 8), bits = new Uint8Array(0x10000);
+  const all = (1 << letters.length) - 1;
+  for (const [i, letter] of letters.entries()) {
+    // A letter may be written as another one, and as one with a mark behind it.
+    for (const form of new Set([letter, String.fromCodePoint(letter.normalize("NFD").codePointAt(0)!)])) {
+      for (const pair of pairsOf(form)) bits[pair]! |= 1 << i;
+    }
+  }
+  bits[0x2623] = all; // `&#` is any letter.
+  return { bits, all };
+}
+
+function mayHaveLetters(bytes: Uint8Array, { bits, all }: Letters): boolean {
+  let found = 0;
+  for (let i = 1; i < bytes.length && found !== all; i++) found |= bits[bytes[i - 1]! << 8 | bytes[i]!]!;
+  return found === all;
+}
+
+/** The pairs of bytes that characters are, or end with, which fold into a letter, or into more with it. */
+function pairsOf(letter: string): number[] {
+  const pairs: number[] = [];
+  for (const [encoding, lines] of foldedPairs()) {
+    for (const line of linesWith(lines, letter)) {
+      const lead = PAIR_LEADS[Math.trunc(line / PAIR_TRAILS.length)]!, trail = PAIR_TRAILS[line % PAIR_TRAILS.length]!;
+      pairs.push(lead << 8 | trail);
+      if (encoding === "euc-jp") pairs.push((lead << 8 | trail) & 0x7f7f); // In seven bits, it is ISO-2022-JP.
+    }
+  }
+  for (const unit of linesWith(foldedCharacters(), letter)) {
+    // UTF-16 of both kinds, the end of UTF-8, and the four bytes of gb18030.
+    pairs.push(unit, unit >> 8 | (unit & 0xff) << 8, (0x80 | unit >> 6 & 0x3f) << 8 | 0x80 | unit & 0x3f);
+    const [a = 0, b = 0, c = 0, d] = encodeText(String.fromCharCode(unit), "gb18030", "html").bytes;
+    if (d !== undefined) pairs.push(a << 8 | b, c << 8 | d);
+    // Half-width katakana are one byte of Shift_JIS, behind any other (Encoding §12.3.1).
+    if (unit >= 0xff61 && unit <= 0xff9f) pairs.push(...range(0, 0xff).map((byte) => byte << 8 | unit - 0xff61 + 0xa1));
+  }
+  return pairs;
+}
+
+/** The numbers of the lines that have a letter. */
+function linesWith(text: string, letter: string): number[] {
+  const found: number[] = [];
+  let line = 0, counted = 0;
+  for (let at = text.indexOf(letter); at >= 0; at = text.indexOf(letter, at + 1)) {
+    line += countLines(text.slice(counted, at));
+    counted = at;
+    found.push(line);
+  }
+  return found;
+}
+
+const PAIR_LEADS = range(0x81, 0xfe), PAIR_TRAILS = range(0x20, 0xfe);
+
+/** What all pairs of bytes are in the encodings that have pairs, a line each, folded. */
+const foldedPairs = lazily(() => {
+  const sequences = (before: readonly number[]) =>
+    PAIR_LEADS.flatMap((lead) => PAIR_TRAILS.flatMap((trail) => [...before, lead, trail, LF]));
+  const pairs = Uint8Array.from(sequences([])), triples = Uint8Array.from(sequences([0x8f]));
+  const read = (encoding: string, bytes: Uint8Array) => [encoding, fold(decodeText(bytes, encoding))] as const;
+  const plain = ["gb18030", "big5", "euc-jp", "shift_jis", "euc-kr"].map((encoding) => read(encoding, pairs));
+  // JIS X 0212 takes a third byte before the two (Encoding §12.1.1).
+  return [...plain, read("euc-jp", triples)];
+});
+
+/** What each UTF-16 code unit is when it is folded, a line each. */
+const foldedCharacters = lazily(() => {
+  const units = Array.from({ length: 0x10000 }, (_, unit) => unit === LF ? "" : String.fromCharCode(unit));
+  return fold(units.join("\n"));
+});
 
 /** A file from its beginning, of which all is there already if it is small. Others get their turn at each piece. */
 async function* piecesOf(file: Deno.FsFile, size: number, sample: Uint8Array): AsyncGenerator<Uint8Array> {
@@ -5319,10 +5427,15 @@ function excerpt(line: string, index: number): string {
   return (start > 0 ? "…" : "") + cut.replace(/[\s\p{Cc}]+/gu, " ").trim() + (end < line.length ? "…" : "");
 }
 
+/** What is written in small letters, but is made large and small again not the same: ß is ss then, and ς is σ. */
+const OTHERWISE_FOLDED = /[ßı\u01f0\u0345\u0390\u03b0ς\u1c80-\u1c88\u1e96-\u1e99\u1f50-\u1ffc]/g;
+
 /** One form for all texts that are the same but for case, width, and the form of Unicode (UAX 15, NFKC). */
 function fold(text: string): string {
-  // Upper case turns ß into SS, and dotless ı into I; the final ς of Greek, and the dot of İ, need their own rules.
-  return text.normalize("NFKC").toUpperCase().toLowerCase().replaceAll("ς", "σ").replaceAll("i\u0307", "i");
+  return text.normalize("NFKC").toLowerCase()
+    .replace(OTHERWISE_FOLDED, (letter) => letter.toUpperCase().toLowerCase())
+    // Turkish writes a dot on the capital, too.
+    .replaceAll("i\u0307", "i");
 }
 
 /** Elements that may stand within a word. */
@@ -5433,13 +5546,12 @@ function resultHtml({ path, entry, line }: Hit, words: readonly string[], suffix
 function summary(search: Search): string {
   const { results, names, files, bytes, large, inText, started } = search, reason = stopReason(search);
   const count = (number: number, noun: string) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
-  const text = inText ? `, and ${formatSize(bytes)} of text in ${count(files, "file")},` : "";
-  const time = ((performance.now() - started) / 1000).toFixed(1);
-  return `${results === 0 ? "Nothing was found" : count(results, "result")}: ${
-    count(names, "name")
-  }${text} were searched in ${time} s.${reason === undefined ? "" : ` <strong>It stopped early: ${reason}.</strong>`}${
-    large === 0 ? "" : ` Passed over, since larger than ${formatSize(SEARCHED_FILE)}: ${count(large, "file")}.`
-  }`;
+  const text = inText ? `, and at ${formatSize(bytes)} of text in ${count(files, "file")}` : "";
+  const time = ((performance.now() - started) / 1000).toFixed(2),
+    found = results === 0 ? "Nothing was found" : count(results, "result");
+  const end = reason === undefined ? "" : ` <strong>It stopped early: ${reason}.</strong>`;
+  const passed = large === 0 ? "" : ` Files larger than ${formatSize(SEARCHED_FILE)} were passed over: ${large}.`;
+  return `${found}. Looked at ${count(names, "name")}${text}, in ${time} s.${end}${passed}`;
 }
 
 /** Characters that are one when they are folded: with the marks that follow, and the syllables of Hangul. */
@@ -6134,7 +6246,10 @@ function latin1(bytes: Uint8Array): string {
   const text = UTF8_DECODER.decode(bytes);
   if (text.length === bytes.length && !text.includes("\uFFFD")) return text;
   let exact = "";
-  for (let at = 0; at < bytes.length; at += 4096) exact += String.fromCharCode(...bytes.subarray(at, at + 4096));
+  for (let at = 0; at < bytes.length; at += 4096) {
+    // To spread the bytes as arguments would walk through them one by one.
+    exact += Reflect.apply(String.fromCharCode, undefined, bytes.subarray(at, at + 4096));
+  }
   return exact;
 }
 

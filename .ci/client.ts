@@ -48,14 +48,44 @@ export function latin1(bytes: Uint8Array): string {
 const DATE =
   /^(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun), \d\d (?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) \d{4} \d\d:\d\d:\d\d GMT$/;
 
+/** What RFC 9110 §15, RFC 6585 and RFC 7725 call the statuses. */
+const REASONS: Readonly<Record<string, string>> = {
+  100: "Continue",
+  200: "OK",
+  204: "No Content",
+  206: "Partial Content",
+  301: "Moved Permanently",
+  304: "Not Modified",
+  308: "Permanent Redirect",
+  400: "Bad Request",
+  401: "Unauthorized",
+  403: "Forbidden",
+  404: "Not Found",
+  405: "Method Not Allowed",
+  408: "Request Timeout",
+  412: "Precondition Failed",
+  413: "Content Too Large",
+  414: "URI Too Long",
+  415: "Unsupported Media Type",
+  416: "Range Not Satisfiable",
+  417: "Expectation Failed",
+  421: "Misdirected Request",
+  431: "Request Header Fields Too Large",
+  500: "Internal Server Error",
+  501: "Not Implemented",
+  503: "Service Unavailable",
+  505: "HTTP Version Not Supported",
+};
+
 /** Reads the lines of a head, without the empty one at its end. */
 export function parseReplyHead(text: string): ReplyHead {
   const [statusLine = "", ...lines] = text.split("\r\n"), fields = new Map<string, string>();
   for (const line of [statusLine, ...lines]) {
     insist(/^[\t\x20-\x7e\x80-\xff]*$/.test(line), `a control character: ${line}`);
   }
-  const status = /^HTTP\/1\.1 ([1-5]\d\d) (?:[A-Z][\x20-\x7e]*)?$/.exec(statusLine)?.[1];
+  const [, status, reason = ""] = /^HTTP\/1\.1 ([1-5]\d\d) ((?:[A-Z][\x20-\x7e]*)?)$/.exec(statusLine) ?? [];
   insist(status !== undefined, `Cannot parse status line ${statusLine.slice(0, 99)}`);
+  insist(reason === (REASONS[status] ?? reason), `9110 §15: ${status} is not "${reason}"`);
   for (const line of lines) {
     const [, name, value] = /^([\w!#$%&'*+.^`|~-]+): ((?:\S(?:.*\S)?)?)$/.exec(line) ?? [];
     insist(name !== undefined && value !== undefined, `Cannot parse field ${line}`);

@@ -6,7 +6,7 @@
  * ```sh
  * deno task mutate --seed 7 --count 150
  * deno task mutate --only Request       # one section of server.ts
- * deno task mutate --seed 7 --nth 12    # that one change again, with what the tests print
+ * deno task mutate --change 'status ⟦< → <=⟧ 200' # what survived once again: the changes whose line has this
  * deno task mutate --list               # what would be changed, and nothing else
  * ```
  *
@@ -18,7 +18,27 @@
 import * as nodeModule from "node:module";
 
 /** Changes that make no difference, as they are printed, and why. They are not made. */
-const EQUIVALENT: readonly (readonly [change: string, reason: string])[] = [];
+const EQUIVALENT: readonly (readonly [change: string, reason: string])[] = [
+  ["const SLAB_SIZE = ⟦32 → 4⟧ * 1024;", "how buffers are cut shows nowhere"],
+  ["const SLAB_SIZE = ⟦32 → 256⟧ * 1024;", "how buffers are cut shows nowhere"],
+  ["const SLAB_SIZE = 32 * ⟦1024 → 128⟧;", "how buffers are cut shows nowhere"],
+  ["const SLAB_SIZE = 32 * ⟦1024 → 8192⟧;", "how buffers are cut shows nowhere"],
+  ["writer.reserve(⟦3 → 4⟧, 0);", "room for one byte more than is written"],
+  ["for (let unit = ⟦0 → 1⟧; unit < 0x80; unit++) repertoire.units[unit] = unit;", "the first one is 0 from the start"],
+  ["if (at ⟦>= → >⟧ end) return;", "one piece more is converted, and none of it is sent"],
+  [
+    "const step = Math.max(1, Math.⟦trunc → ceil⟧(CHUNKED_AT_ONCE / size)) * size;",
+    "how many chunks share a write shows nowhere",
+  ],
+  [
+    "while (this.#given ⟦< → <=⟧ TURNS && this.#next < this.#waiting.length) this.#waiting[this.#next++]!();",
+    "one connection more in a turn",
+  ],
+  [
+    'const NO_EVIDENCE: Evidence = { key: "", places: new Cache(0), looks: [], since: 0, looked: ⟦0 → 1⟧, changed: 0 };',
+    "nobody looks at the time of what was never looked at",
+  ],
+];
 
 // ── What can be changed ─────────────────────────────────────────────────────────────────────────
 // A token is changed into another one that could stand there. Comments, types, regular expressions and most texts are
@@ -31,6 +51,8 @@ interface Token {
   readonly text: string;
   /** Where it begins. */
   readonly at: number;
+  /** It stands in a template, between `${` and `}`. */
+  readonly inText: boolean;
 }
 
 const SPACE = /\s+|\/\/.*|\/\*[^]*?\*\//y;
@@ -46,13 +68,13 @@ const BEGINNERS = new Set(["return", "typeof", "case", "in", "of", "yield", "awa
 /** The tokens of a program without types. */
 function tokenize(code: string): Token[] {
   const tokens: Token[] = [];
-  let at = 0;
+  let at = 0, depth = 0;
   const match = (pattern: RegExp): string | undefined => {
     pattern.lastIndex = at;
     return pattern.exec(code)?.[0];
   };
   const push = (kind: Kind, text: string) => {
-    tokens.push({ kind, text, at });
+    tokens.push({ kind, text, at, inText: depth > 0 });
     at += text.length;
   };
   const isExpressionNext = () => {
@@ -64,22 +86,22 @@ function tokenize(code: string): Token[] {
   const readTemplate = () => {
     for (at++; at < code.length && code[at] !== "`";) {
       if (code[at] === "\\") at += 2;
-      else if (code.startsWith("${", at)) at += 2, readUntilBrace(), at++;
+      else if (code.startsWith("${", at)) at += 2, depth++, readUntilBrace(), depth--, at++;
       else at++;
     }
     at++;
-    tokens.push({ kind: "template", text: "", at });
+    tokens.push({ kind: "template", text: "", at, inText: depth > 0 });
   };
   const readUntilBrace = () => {
-    for (let depth = 0; at < code.length;) {
+    for (let braces = 0; at < code.length;) {
       const space = match(SPACE);
       if (space !== undefined) {
         at += space.length;
         continue;
       }
-      if (code[at] === "}" && depth === 0) return;
-      if (code[at] === "{") depth++;
-      if (code[at] === "}") depth--;
+      if (code[at] === "}" && braces === 0) return;
+      if (code[at] === "{") braces++;
+      if (code[at] === "}") braces--;
       readToken();
     }
   };
@@ -177,12 +199,13 @@ function changesOf(source: string): Change[] {
   return changes;
 }
 
-function insteadOf(source: string, tokens: readonly Token[], i: number, { kind, text, at }: Token): string[] {
+function insteadOf(source: string, tokens: readonly Token[], i: number, { kind, text, at, inText }: Token): string[] {
   const last = tokens[i - 1], next = tokens[i + 1];
+  // How much of something an error quotes is nobody's to compare.
+  const lineStart = source.lastIndexOf("\n", at) + 1;
+  if (inText && source.slice(lineStart, at).includes("Error(")) return [];
   if (kind === "number") {
-    const line = source.slice(source.lastIndexOf("\n", at) + 1, at),
-      isLength = /Array$/.test(tokens[i - 2]?.text ?? "");
-    return insteadOfNumber(text, /^const [A-Z\d_]+ = [\d_* ]*$|, [A-Z\d_]+ = [\d_* ]*$/.test(line), isLength);
+    return insteadOfNumber(text, source.slice(lineStart, at), /Array$/.test(tokens[i - 2]?.text ?? ""));
   }
   // A text that something is unless it is told otherwise.
   if (kind === "string") return text.length > 2 && /^(?:=|\?\?)$/.test(last?.text ?? "") ? ['""'] : [];
@@ -200,13 +223,18 @@ function insteadOf(source: string, tokens: readonly Token[], i: number, { kind, 
   return instead === undefined ? [] : [instead];
 }
 
-/** A bound that is off by one. `isSetting`: a figure that somebody chose must be off by more to be wrong. */
-function insteadOfNumber(text: string, isSetting: boolean, isLength: boolean): string[] {
-  const number = Number(text.replaceAll("_", ""));
+/** Figures that somebody chose, and weights in a table: they must be off by more than one to be wrong. */
+const CHOSEN = /^const [A-Z\d_]+ = [\d_* ]*$|, [A-Z\d_]+ = [\d_* ]*$|^ +\["/;
+
+/** A bound that is off by one. `before` is what stands before it in its line. */
+function insteadOfNumber(text: string, before: string, isLength: boolean): string[] {
+  const number = Number(text.replaceAll("_", "")),
+    write = (value: number) => /^0x/i.test(text) ? `0x${value.toString(16)}` : `${value}`;
   if (!Number.isSafeInteger(number)) return [];
-  const write = (value: number) => /^0x/i.test(text) ? `0x${value.toString(16)}` : `${value}`;
+  if (CHOSEN.test(before)) {
+    return [...(number > 8 ? [write(number >> 3)] : []), write(number * 8 + (number === 0 ? 8 : 0))];
+  }
   if (number === 0) return [write(1)];
-  if (isSetting && number > 8) return [write(number >> 3), write(number * 8)];
   // An array that is longer than it needs to be does no harm.
   return isLength ? [write(number - 1)] : [write(number - 1), write(number + 1)];
 }
@@ -318,7 +346,7 @@ class Workshop implements Disposable {
     return copy;
   }
 
-  /** Runs the tests of a file of a copy; `seconds` at most. */
+  /** Runs the tests of a file of a copy, until none of them ends for so many seconds. */
   async run(copy: string, file: string, seconds: number, ...options: string[]): Promise<Outcome> {
     const report = `${copy}/report.xml`;
     await Deno.remove(report).catch(() => {});
@@ -334,10 +362,13 @@ class Workshop implements Disposable {
       stderr: "piped",
     }).spawn();
     this.#running.add(child.pid);
-    let isLate = false;
-    const timer = setTimeout(() => (isLate = true, killGroup(child.pid)), seconds * 1000);
-    // Its output may be held open by what it leaves behind.
-    const output = Promise.all([textOf(child.stdout), textOf(child.stderr)]);
+    let isLate = false, timer: ReturnType<typeof setTimeout> | undefined;
+    const watch = () => {
+      clearTimeout(timer);
+      timer = setTimeout(() => (isLate = true, killGroup(child.pid)), seconds * 1000);
+    };
+    watch();
+    const output = Promise.all([textOf(child.stdout, watch), textOf(child.stderr)]);
     const { success } = await child.status;
     clearTimeout(timer);
     killGroup(child.pid);
@@ -356,7 +387,15 @@ class Workshop implements Disposable {
   }
 }
 
-const textOf = (stream: ReadableStream<Uint8Array>) => new Response(stream).text();
+/** All of a stream; tells of each piece that comes. */
+async function textOf(stream: ReadableStream<Uint8Array>, onPiece = () => {}): Promise<string> {
+  let text = "";
+  for await (const piece of stream.pipeThrough(new TextDecoderStream())) {
+    text += piece;
+    onPiece();
+  }
+  return text;
+}
 
 /** Ends a process and all that it started. */
 function killGroup(pid: number): void {
@@ -398,14 +437,13 @@ function readReport(xml: string): { name: string; line: number; time: number; fa
 }
 
 /** Runs all tests without a change. Those that fail can notice nothing. */
-async function findTests(workshop: Workshop, copy: string): Promise<{ tests: Test[]; seconds: number }> {
-  const begin = performance.now(), outcome = await workshop.run(copy, "server_test.ts", 600);
-  const seconds = (performance.now() - begin) / 1000;
+async function findTests(workshop: Workshop, copy: string): Promise<Test[]> {
+  const outcome = await workshop.run(copy, "server_test.ts", 600);
   const sections = sectionsOf(Deno.readTextFileSync(`${copy}/server_test.ts`));
   const tests = readReport(outcome.report).filter(({ skipped }) => !skipped)
     .map(({ name, line, time, failed }) => ({ name, section: sectionAt(sections, line), time, isSound: !failed }));
   if (tests.length === 0) throw new Error(`The tests do not run:\n${outcome.output}`);
-  return { tests, seconds };
+  return tests;
 }
 
 interface Result {
@@ -464,8 +502,13 @@ class Trial {
   }
 }
 
-/** The changes that a seed chooses: no two of one token. */
-function choose(source: string, seed: number, count: number, only: string | undefined): Change[] {
+/** The changes that a seed chooses: no two of one token, unless they are asked for. */
+function choose(
+  source: string,
+  seed: number,
+  count: number,
+  { only, wanted }: { only: string | undefined; wanted: string | undefined },
+): Change[] {
   const sections = sectionsOf(source), equivalent = new Set(EQUIVALENT.map(([change]) => change));
   if (only !== undefined && !sections.some(({ name }) => name === only)) {
     throw new Error(`There is no section "${only}": ${sections.map(({ name }) => name).join(", ")}`);
@@ -473,18 +516,19 @@ function choose(source: string, seed: number, count: number, only: string | unde
   const seen = new Set<number>();
   return shuffle(changesOf(source), seed)
     .filter((change) => only === undefined || sectionAt(sections, lineOf(source, change.at)) === only)
-    .filter(({ at }) => !seen.has(at) && seen.add(at))
+    .filter((change) => wanted === undefined || nameOf(source, change).includes(wanted))
+    .filter(({ at }) => wanted !== undefined || !seen.has(at) && seen.add(at))
     .filter((change) => !equivalent.has(nameOf(source, change)))
     .slice(0, count);
 }
 
 async function main(): Promise<void> {
   const argument = (name: string) => Deno.args[Deno.args.indexOf(`--${name}`) + 1 || Infinity];
-  const seed = Number(argument("seed") ?? Date.now() % 1e6), nth = argument("nth");
-  const count = Number(argument("count") ?? (nth === undefined ? 40 : nth));
+  const seed = Number(argument("seed") ?? Date.now() % 1e6), wanted = argument("change");
+  const count = wanted === undefined ? Number(argument("count") ?? 40) : Infinity;
   const jobs = Number(argument("jobs") ?? navigator.hardwareConcurrency);
   const source = Deno.readTextFileSync(new URL("server.ts", project));
-  const all = choose(source, seed, count, argument("only")), changes = nth === undefined ? all : all.slice(-1);
+  const changes = choose(source, seed, count, { only: argument("only"), wanted });
   const show = (change: Change) => `${lineOf(source, change.at)}: ${nameOf(source, change)}`;
   console.log(`seed ${seed}, ${changes.length} of ${changesOf(source).length} changes`);
   if (Deno.args.includes("--list")) return console.log(changes.map(show).join("\n"));
@@ -497,19 +541,20 @@ async function main(): Promise<void> {
     });
   }
   const copies = Array.from({ length: Math.min(jobs, changes.length) }, (_, i) => workshop.makeCopy(`${i}`));
-  const { tests, seconds } = await findTests(workshop, copies[0]!);
+  const tests = await findTests(workshop, copies[0]!);
   const unsound = tests.filter(({ isSound }) => !isSound);
-  console.log(`${tests.length} tests in ${Math.round(seconds)} s`);
+  const seconds = tests.reduce((sum, { time }) => sum + time, 0), longest = Math.max(...tests.map(({ time }) => time));
+  console.log(`${tests.length} tests in ${Math.round(seconds)} s, the longest takes ${Math.round(longest)} s`);
   for (const { name } of unsound) console.log(`fails without any change, and is left out: ${name}`);
 
-  const trial = new Trial(workshop, source, tests, seconds * 3 + 20), results: Result[] = [], waiting = [...changes];
+  const trial = new Trial(workshop, source, tests, 10 + longest * 4), results: Result[] = [], waiting = [...changes];
   const lane = async (copy: string) => {
     for (let change; (change = waiting.shift()) !== undefined;) {
       const result = await trial.run(copy, change), { noticedBy, output } = result;
       results.push(result);
       console.log(`${noticedBy === undefined ? "SURVIVES" : "noticed "} ${show(change)}`);
       if (noticedBy !== undefined) console.log(`           by ${noticedBy}`);
-      if (nth !== undefined) console.log(output);
+      if (Deno.args.includes("--verbose")) console.log(output);
     }
   };
   await Promise.all(copies.map(lane));
