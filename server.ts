@@ -1259,8 +1259,6 @@ class Exchange implements Incoming {
   responseHead: string | undefined;
   readonly head: RequestHead;
   readonly server: HttpServer;
-  /** When it began, in milliseconds. */
-  readonly now = Date.now();
   readonly #connection: Connection;
   /** Why the request was refused before its head was interpreted. */
   readonly #refusal: unknown;
@@ -1345,7 +1343,7 @@ class Exchange implements Incoming {
     if (kept !== undefined && kept.date !== date) [kept.date, kept.composed] = [date, []];
     const bytes = kept?.composed[kind] ?? composeMessage(this.server, message, this.head, goesOn);
     if (kept !== undefined) kept.composed[kind] = bytes;
-    this.server.log.response(this, message, () => headOf(bytes), message.content.length);
+    this.server.log.response(this, message, bytes, message.content.length);
     return bytes;
   }
 
@@ -1398,7 +1396,7 @@ class Exchange implements Incoming {
       if (isChunked) before = concat([before, LAST_CHUNK]);
     }
     await connection.write(before);
-    server.log.response(this, message, () => text, sent);
+    server.log.response(this, message, text, sent);
   }
 
   /** Number of the connection. */
@@ -1435,6 +1433,11 @@ class Exchange implements Incoming {
   get path(): string {
     const { path } = this.head;
     return isPlain(path) ? path : percentDecodeText(path, this.charset);
+  }
+
+  /** What the patterns of routes are held against. */
+  get routedPath(): string {
+    return this.head.path === "*" ? "*" : this.path;
   }
 
   get query(): URLSearchParams {
@@ -1511,11 +1514,11 @@ class Exchange implements Incoming {
 
 /** Refuses what is not for this server, or not for this client. Answers a preflight, which asks for no resource. */
 function admit(exchange: Exchange): Message | Promise<Message> | undefined {
-  const { server, method } = exchange, expectation = exchange.header("expect"), { cors, auth } = server.settings;
+  const { server, method, head } = exchange, expectation = fieldValue(head, "expect"), { cors, auth } = server.settings;
   if (expectation !== undefined && !EXPECTS_CONTINUE.test(expectation)) {
     throw new HttpError(417, `The expectation "${expectation.slice(0, 100)}" cannot be met`);
   }
-  if (!server.answersTo(exchange.authority)) {
+  if (!server.answersTo(head.authority)) {
     const host = escapeControls(exchange.authority.replace(/:\d*$/, "").slice(0, 100));
     throw new HttpError(421, `This server does not answer to that name: start it with --allow-host ${host} for that`);
   }
@@ -1571,7 +1574,7 @@ async function* oncePromised<T>(make: () => Promise<T>): AsyncGenerator<T> {
 
 /** First that applies: `?charset=`, Accept-Charset (RFC 9110 §12.5.2), the server's; undefined if none. */
 function selectCharset(head: RequestHead, configured: string | undefined): string | undefined {
-  const asked = head.query === undefined ? undefined : /(?:^|&)charset=([^&]+)/.exec(head.query)?.[1];
+  const asked = head.query?.includes("charset=") ? /(?:^|&)charset=([^&]+)/.exec(head.query)?.[1] : undefined;
   if (asked !== undefined) return readLabel(latin1(percentDecode(asked.replaceAll("+", " "))));
   const accepted = fieldValue(head, "accept-charset");
   return (accepted === undefined ? undefined : acceptedCharset(accepted, configured ?? "utf-8")) ?? configured;
@@ -1662,12 +1665,15 @@ interface RouteResource {
   readonly pattern: RegExp;
   readonly handler: Handler;
   readonly methods: readonly string[];
+  /** Whether the pattern names parts of the path. */
+  readonly hasParams: boolean;
   text?: string;
   variants: Map<string, WholeMessage>;
 }
 
 function routeResource([pattern, handler, methods = ["GET"]]: Route): RouteResource {
-  return { kind: "route", pattern, handler, methods, variants: new Map() };
+  const hasParams = pattern.source.includes("(?<");
+  return { kind: "route", pattern, handler, methods, hasParams, variants: new Map() };
 }
 
 const KNOWN_METHODS = ["GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE", "CONNECT", "TRACE"];
@@ -1677,24 +1683,25 @@ function locate(exchange: Exchange): Resource {
   const { server, method } = exchange, isReading = method === "GET" || method === "HEAD";
   for (const route of server.routes) {
     const takesMethod = route.methods.includes(method) || method === "HEAD" && route.methods.includes("GET");
-    const match = takesMethod ? matchRoute(route, exchange) : null;
-    if (match === null) continue;
-    if (match.groups !== undefined) exchange.params = Object.freeze({ ...match.groups });
+    if (!takesMethod || !isRoute(route, exchange)) continue;
+    if (route.hasParams) exchange.params = Object.freeze({ ...route.pattern.exec(exchange.routedPath)?.groups });
     return route;
   }
   if (isReading && server.root !== undefined && exchange.head.path !== "*") return locateFile(exchange);
   return describeMethods(exchange);
 }
 
-function matchRoute({ pattern }: RouteResource, exchange: Exchange): RegExpExecArray | null {
+function isRoute({ pattern }: RouteResource, exchange: Exchange): boolean {
   pattern.lastIndex = 0; // Should it be global or sticky, it starts anew.
-  return pattern.exec(exchange.head.path === "*" ? "*" : exchange.path);
+  const isMatch = pattern.test(exchange.routedPath);
+  pattern.lastIndex = 0;
+  return isMatch;
 }
 
 /** Which methods a path takes, for a request whose own is none of them. */
 function describeMethods(exchange: Exchange): Resource {
   const { server, method, head } = exchange, isAsterisk = head.path === "*";
-  const routes = server.routes.filter((route) => matchRoute(route, exchange) !== null);
+  const routes = server.routes.filter((route) => isRoute(route, exchange));
   const allowed = new Set(routes.flatMap(({ methods }) => methods));
   if (server.root !== undefined && !isAsterisk) allowed.add("GET");
   if (allowed.has("GET")) allowed.add("HEAD");
@@ -1757,7 +1764,7 @@ const PLACE_SIZE = 4096;
 /** Longest that a file is believed to be missing because its folder has not changed, in milliseconds. */
 const LONGEST_ABSENCE = 10_000;
 /** Longest that something is believed without another look, in milliseconds. */
-const LONGEST_LIFETIME = 100;
+const LONGEST_LIFETIME = 1000;
 /** For this share of the time since it last changed, something is believed (RFC 9111 §4.2.2, heuristic freshness). */
 const LIFETIME_SHARE = 0.01;
 /** Time within which a second change may not show, in milliseconds: Deno gives the time of the last change in seconds. */
@@ -2123,8 +2130,11 @@ function representHandled(exchange: Exchange, route: RouteResource, content: Con
     route.text = content;
     route.variants = new Map();
   }
-  const coding = ownCoding(acceptedCodings(exchange.header("accept-encoding")), content.length);
-  const { variants } = route, key = `${exchange.charset} ${coding}`, kept = variants.get(key);
+  // A short text is never compressed: its responses differ by nothing but their charset.
+  const isShort = content.length * 4 < COMPRESSION_LEAST, accepted = fieldValue(exchange.head, "accept-encoding");
+  const coding = isShort ? undefined : ownCoding(acceptedCodings(accepted), content.length);
+  const { variants } = route, key = isShort ? exchange.charset : `${exchange.charset} ${coding}`;
+  const kept = variants.get(key);
   if (kept !== undefined) return kept;
   const keep = (message: Message) => {
     if (!isWhole(message)) return message;
@@ -6293,12 +6303,16 @@ const REMEMBERED = 256;
 /** The same function, but it remembers its last results: for values that most clients send alike. */
 function remembered<A, T>(make: (argument: A) => T): (argument: A) => T {
   const made = new Map<A, T>();
+  let last: { readonly argument: A; readonly result: T } | undefined;
   return (argument) => {
-    const known = made.get(argument);
-    if (known !== undefined) return known;
-    if (made.size >= REMEMBERED) made.clear();
-    const result = make(argument);
-    made.set(typeof argument === "string" ? copyOf(argument) as A & string : argument, result);
+    // Most often it is the one of the last time.
+    if (last !== undefined && last.argument === argument) return last.result;
+    let result = made.get(argument);
+    if (result === undefined) {
+      if (made.size >= REMEMBERED) made.clear();
+      made.set(typeof argument === "string" ? copyOf(argument) as A & string : argument, result = make(argument));
+    }
+    last = { argument, result };
     return result;
   };
 }
@@ -6352,10 +6366,12 @@ class Log {
    * A response: a line of the Common or the Combined Log Format, the charset, and how many characters were lost, if
    * any were. Its head, as it went, stands before it if that is wanted.
    */
-  response(exchange: Exchange, message: Message, head: () => string, sent: number): void {
+  response(exchange: Exchange, message: Message, head: string | Uint8Array, sent: number): void {
     if (this.#form === "none") return;
     const { status, charset, lost, note } = message, bytes = exchange.method === "HEAD" || sent === 0 ? "-" : sent;
-    if (this.#form === "wire") this.append(wireLines(exchange.number, "<", head()));
+    if (this.#form === "wire") {
+      this.append(wireLines(exchange.number, "<", typeof head === "string" ? head : headOf(head)));
+    }
     const quoted = (name: string) => ` "${escapeWire(exchange.header(name) ?? "-").replace(/["\\]/g, "\\$&")}"`;
     const agent = this.#form === "combined" ? quoted("referer") + quoted("user-agent") : "";
     const rest = (lost ? ` lost=${lost}` : "") + (note === undefined ? "" : ` reason="${escapeControls(note)}"`);
