@@ -1716,7 +1716,7 @@ function describeMethods(exchange: Exchange): Resource {
 interface Site {
   /** No part of it is a symbolic link. */
   readonly path: string;
-  readonly info: Deno.FileInfo;
+  readonly info: FileInfo;
   readonly isFile: boolean;
   /** Folders that were lately found to be reached without a link, and since when, in milliseconds. */
   readonly direct: { since: number; readonly folders: Set<string> };
@@ -1756,7 +1756,7 @@ interface Look {
 /** What is there, and where: a path without symbolic links. */
 interface Found {
   readonly real: string;
-  readonly info: Deno.FileInfo;
+  readonly info: FileInfo;
 }
 
 /** Estimated size of a place without the responses that are kept with it, in bytes. */
@@ -1836,18 +1836,18 @@ function isDirect({ path: root, direct }: Site, path: string, now: number): bool
 }
 
 /** Whether two looks saw one file or folder in one state. */
-function isSameState(a: Deno.FileInfo | undefined, b: Deno.FileInfo): boolean {
+function isSameState(a: FileInfo | undefined, b: FileInfo): boolean {
   return a !== undefined && isSameFile(a, b) && a.size === b.size && a.mtime?.getTime() === b.mtime?.getTime() &&
     a.ctime?.getTime() === b.ctime?.getTime();
 }
 
 /** Whether two looks saw one file or folder. An inode's number is used again, but hardly with its time of birth. */
-function isSameFile(a: Deno.FileInfo, b: Deno.FileInfo): boolean {
+function isSameFile(a: FileInfo, b: FileInfo): boolean {
   return a.ino === b.ino && a.dev === b.dev && a.birthtime?.getTime() === b.birthtime?.getTime();
 }
 
 /** When something last changed, in milliseconds. A time in the future says nothing. */
-function changeTime({ mtime, ctime }: Deno.FileInfo, now: number): number {
+function changeTime({ mtime, ctime }: FileInfo, now: number): number {
   const times = [mtime?.getTime() ?? 0, ctime?.getTime() ?? 0];
   return Math.max(0, ...times.filter((time) => time <= now));
 }
@@ -1903,14 +1903,13 @@ function orNothing<T>(attempt: () => T): T | undefined {
 
 /** Errors of the file system that say that nothing is there: also a name that is too long, and links in a circle. */
 function absence(error: unknown): undefined {
-  const { code } = error as { code?: string };
-  if (error instanceof Deno.errors.NotFound || ["ENOTDIR", "ENAMETOOLONG", "ELOOP"].includes(code ?? "")) {
-    return undefined;
-  }
-  if (error instanceof Deno.errors.PermissionDenied || error instanceof Deno.errors.NotCapable) {
+  // Deno's own errors have the system's code, as those of `node:fs` have.
+  const { code = "" } = error as { code?: string };
+  if (["ENOENT", "ENOTDIR", "ENAMETOOLONG", "ELOOP"].includes(code)) return undefined;
+  if (["EACCES", "EPERM"].includes(code) || error instanceof Deno.errors.NotCapable) {
     throw new HttpError(403, "The system does not let the server read this", [], { cause: error });
   }
-  if (code === "EMFILE" || code === "ENFILE") {
+  if (["EMFILE", "ENFILE"].includes(code)) {
     throw new HttpError(503, "Too many files are open", [["Retry-After", "1"]]);
   }
   throw error;
@@ -2012,7 +2011,7 @@ interface FileFound {
   readonly path: string;
   /** What it was asked for as: it decides the media type. */
   readonly name: string;
-  readonly info: Deno.FileInfo;
+  readonly info: FileInfo;
   readonly size: number;
   /** Last modification, in milliseconds: not later than now (RFC 9110 §8.8.2.1). */
   readonly time: number;
@@ -2043,12 +2042,12 @@ function fileResource(path: string, { real, info }: Found, evidence: Evidence, s
 }
 
 /** Whether a file's time is another than that of its last change, which nobody can set. */
-function isTimeSet({ mtime, ctime }: Deno.FileInfo): boolean {
+function isTimeSet({ mtime, ctime }: FileInfo): boolean {
   const second = (time: Date | null) => Math.trunc((time?.getTime() ?? 0) / 1000);
   return ctime !== null && second(mtime) !== second(ctime);
 }
 
-function describeFile(path: string, name: string, info: Deno.FileInfo, evidence: Evidence): FileFound {
+function describeFile(path: string, name: string, info: FileInfo, evidence: Evidence): FileFound {
   const now = Date.now(), { size } = info, changed = changeTime(info, now);
   const settles = changed + (info.ctime === null ? RACY_TIME : GRANULARITY);
   // Writing a large file takes longer than a tick of the clock: its times tell states apart, unless they were set by hand.
@@ -2315,8 +2314,8 @@ async function settlesSoon(promise: Promise<unknown>): Promise<boolean> {
 
 /** Files up to this size are sent from memory, and compressed; larger ones stream. In bytes. */
 const BUFFERED_LIMIT = 1024 * 1024;
-/** A large file is read in pieces of this size, in bytes. */
-const PIECE_SIZE = 256 * 1024;
+/** A large file is read in pieces of this size, or of that if it is converted, in bytes. */
+const PIECE_SIZE = 256 * 1024, CONVERTED_PIECE = 64 * 1024;
 /** Smallest content worth compressing, in bytes. */
 const COMPRESSION_LEAST = 1024;
 /** What is kept of the charsets of folders, in bytes. */
@@ -2325,8 +2324,6 @@ const HINTS_SIZE = 1024 * 1024;
 const CACHE_SIZE = 64 * 1024 * 1024;
 /** A file younger than this is not kept in memory, where times are exact, in milliseconds. */
 const RACY_TIME = 50;
-/** Longest that opening a file may take, in milliseconds: a pipe in its place would never open. */
-const OPEN_TIME = 2000;
 
 type Coding = "br" | "gzip";
 
@@ -2418,7 +2415,12 @@ async function loadFile(exchange: Exchange, found: FileFound, status: 200 | 404)
   const nature = file.nature ??= await natureOf(exchange.server, file, bytes);
   const selected = select(exchange, file, nature);
   const isBeside = selected.source !== file, isSettled = file.isSettled;
-  const source = isBeside ? await readShared(exchange.server, selected.source) : { file, bytes };
+  const source = isBeside ? await readShared(exchange.server, selected.source).catch(() => undefined) : { file, bytes };
+  if (source === undefined) {
+    // It is going, or coming: without it, then.
+    file.siblings.set(selected.coding!, undefined);
+    return loadFile(exchange, file, status);
+  }
   const variant = { ...selected, source: source.file };
   if (variant.source.size > BUFFERED_LIMIT) {
     return reply(exchange, streamedMessage(exchange, file, nature, variant), status);
@@ -2448,11 +2450,11 @@ function select(exchange: Exchange, file: FileFound, { type, encoding: stored, i
   const rule = charsetRule(type), wanted = rule === "any" ? exchange.selectedCharset : isSure ? "utf-8" : undefined;
   const encoding = stored === undefined ? undefined : wanted ?? stored;
   const label = isSure || wanted !== undefined ? encoding : undefined;
-  const hasMark = encoding !== stored && encoding!.startsWith("utf-") && asksForMark(exchange);
+  const hasMark = encoding !== undefined && encoding.startsWith("utf-") && asksForMark(exchange);
   const variant = { encoding, label, hasMark, source: file };
   if (own !== undefined) return { ...variant, encoding: stored, coding: own };
   const accepted = acceptedCodings(exchange.header("accept-encoding"));
-  for (const coding of encoding === stored ? accepted : []) {
+  for (const coding of encoding === stored && !hasMark ? accepted : []) {
     const source = siblingOf(exchange.server, file, coding);
     if (source !== undefined) return { ...variant, coding, source };
   }
@@ -2460,7 +2462,7 @@ function select(exchange: Exchange, file: FileFound, { type, encoding: stored, i
   return { ...variant, coding: isWorthwhile ? ownCoding(accepted, file.size) : undefined };
 }
 
-/** `?bom=1`: a byte-order mark before converted text, for programs that look for nothing else. */
+/** `?bom=1`: a byte-order mark before text, for programs that look for nothing else. */
 function asksForMark({ head, query }: Exchange): boolean {
   return head.query !== undefined && head.query.includes("bom=") && query.get("bom") === "1";
 }
@@ -2488,7 +2490,9 @@ const tagOf = ({ tag, digest }: FileFound) => digest === undefined ? tag : `${ta
 function describeVariant(server: HttpServer, file: FileFound, nature: Nature, variant: Variant) {
   const { type, encoding: stored } = nature, { encoding, label, hasMark, coding, source } = variant;
   const { settings } = server;
-  const conversion = encoding === stored ? "" : `-${stored}.${encoding}${hasMark ? "+" : "."}${settings.unmappable[0]}`;
+  const conversion = isAsStored(nature, variant)
+    ? ""
+    : `-${stored}.${encoding}${hasMark ? "+" : "."}${settings.unmappable[0]}`;
   const etag = `"${tagOf(file)}${conversion}${coding ? `-${coding}` : ""}${
     source === file ? "" : `-${tagOf(source)}`
   }"`;
@@ -2515,13 +2519,18 @@ async function wholeMessage(
 ): Promise<WholeMessage> {
   const described = describeVariant(server, file, nature, variant), kept = { date: "", composed: [] };
   if (variant.source !== file) return { ...described, content: bytes, kept };
-  const { encoding, coding } = variant;
-  const make = () => encoding === nature.encoding ? { bytes, lost: 0 } : convert(server, nature, variant, bytes);
+  const { coding } = variant;
+  const make = () => isAsStored(nature, variant) ? { bytes, lost: 0 } : convert(server, nature, variant, bytes);
   if (coding === undefined || coding === nature.coding) {
     const { bytes: content, lost } = make();
     return { ...described, content, lost, kept };
   }
   return { ...described, content: await compress(bytes.length, coding, () => make().bytes), kept };
+}
+
+/** Whether a file's bytes are sent as they are, but for their coding. */
+function isAsStored(nature: Nature, { encoding, hasMark }: Variant): boolean {
+  return encoding === nature.encoding && !hasMark;
 }
 
 /** Decodes, corrects the declaration inside, encodes. */
@@ -2595,7 +2604,7 @@ async function findHints(server: HttpServer, folder: string): Promise<ReadonlyMa
 /** What a file is in, if it says so, or if it is clear from its beginning. */
 async function glance(server: HttpServer, path: string): Promise<string | undefined> {
   using file = await openFile(server, path);
-  const buffer = new Uint8Array(NEIGHBOUR_SAMPLE), length = await readFully(file, buffer);
+  const buffer = new Uint8Array(NEIGHBOUR_SAMPLE), length = file.read(buffer, 0);
   const sample = buffer.subarray(0, length), partial = length === buffer.length;
   const said = saidEncoding(sample, typeOfExtension(path, server.settings.type) ?? "text/plain", partial);
   if (said !== undefined) return said === "gb18030" ? "gbk" : said;
@@ -2622,10 +2631,9 @@ async function readFile(server: HttpServer, found: FileFound): Promise<Opened> {
     if (attempt > 0) await new Promise((resolve) => setTimeout(resolve, READ_PAUSE));
     const now = Date.now();
     using opened = await openFile(server, found.path);
-    const info = await opened.stat();
+    const info = opened.stat();
     const file = isSameState(info, found.info) ? found : describeFile(found.path, found.name, info, found.evidence);
-    const bytes = new Uint8Array(Math.min(file.size, BUFFERED_LIMIT));
-    const length = await readFully(opened, bytes);
+    const bytes = new Uint8Array(Math.min(file.size, BUFFERED_LIMIT)), length = opened.read(bytes, 0);
     if (length < bytes.length || !await isUntouched(opened, info, file.path)) continue;
     if (!file.isSettled) await identify(file, opened, bytes, now);
     return { file, bytes };
@@ -2637,7 +2645,7 @@ async function readFile(server: HttpServer, found: FileFound): Promise<Opened> {
 const DIGEST_LIMIT = 64 * 1024 * 1024;
 
 /** Tells a file that changed lately by its content, since another change need not show otherwise. */
-async function identify(file: FileFound, opened: Deno.FsFile, bytes: Uint8Array<ArrayBuffer>, now: number) {
+async function identify(file: FileFound, opened: OpenFile, bytes: Uint8Array<ArrayBuffer>, now: number) {
   // What would take too long never matches anything, until it is settled.
   const digest = file.size > DIGEST_LIMIT ? crypto.randomUUID() : await digestOf(opened, bytes, file.size);
   file.isSettled = now >= file.settles;
@@ -2648,66 +2656,110 @@ async function identify(file: FileFound, opened: Deno.FsFile, bytes: Uint8Array<
 }
 
 /** A digest of a file as long as it was, of which some was read. */
-async function digestOf(opened: Deno.FsFile, bytes: Uint8Array<ArrayBuffer>, size: number): Promise<string> {
+async function digestOf(opened: OpenFile, bytes: Uint8Array<ArrayBuffer>, size: number): Promise<string> {
   let digest = await crypto.subtle.digest("SHA-256", bytes);
-  for (let left = size - bytes.length; left > 0; left -= PIECE_SIZE) {
-    const piece = new Uint8Array(Math.min(left, PIECE_SIZE));
-    await readFully(opened, piece);
+  for (let at = bytes.length; at < size; at += PIECE_SIZE) {
+    const piece = new Uint8Array(Math.min(size - at, PIECE_SIZE));
+    opened.read(piece, at);
     digest = await crypto.subtle.digest("SHA-256", concat([new Uint8Array(digest), piece]));
   }
   return new Uint8Array(digest).subarray(0, 12).toHex();
 }
 
 /** Whether a file is as it was when it was opened, or has only grown, or lost its name. */
-async function isUntouched(file: Deno.FsFile, opened: Deno.FileInfo, path: string): Promise<boolean> {
-  const hasGrown = (info: Deno.FileInfo) => info.size > opened.size;
-  const info = await file.stat();
-  if (hasGrown(info) || isSameState(info, opened)) return true;
-  if (info.size < opened.size) return false;
-  // What is removed, or has another in its place, changes its state, but no byte.
-  const there = statOf(path), isGone = there === undefined || !isSameFile(there, info) || info.nlink !== opened.nlink;
-  if (isGone && isSameState({ ...info, ctime: opened.ctime }, opened)) return true;
-  // What is being appended shows in the time first, and then in the size.
-  await new Promise((resolve) => setTimeout(resolve, READ_PAUSE));
-  return hasGrown(await file.stat());
+async function isUntouched(file: OpenFile, opened: FileInfo, path: string): Promise<boolean> {
+  for (let attempt = 0; attempt < READ_ATTEMPTS; attempt++) {
+    // What is being appended shows in the time first, and then in the size.
+    if (attempt > 0) await new Promise((resolve) => setTimeout(resolve, READ_PAUSE));
+    const info = file.stat();
+    if (info.size > opened.size || isSameState(info, opened)) return true;
+    if (info.size < opened.size) return false;
+    // What is removed, or has another in its place, changes its state, but no byte.
+    const there = statOf(path), isGone = there === undefined || !isSameFile(there, info) || info.nlink !== opened.nlink;
+    if (isGone && isSameState({ ...info, ctime: opened.ctime }, opened)) return true;
+  }
+  return false;
 }
 
 /** For a file that is no longer what was promised. */
 const fileChanged = () => new HttpError(503, "The file is being written", [["Retry-After", "1"]]);
 
-/** Reads until the buffer is full or the file ends. Returns how many bytes were read. */
-async function readFully(file: Deno.FsFile, buffer: Uint8Array): Promise<number> {
-  let length = 0;
-  while (length < buffer.length) {
-    const count = await file.read(buffer.subarray(length));
-    if (count === null) break;
-    length += count;
-  }
-  return length;
-}
-
 /** Opens a file of the site: what is opened was reached without a link, however fast somebody swaps folders and links. */
-async function openFile(server: HttpServer, path: string): Promise<Deno.FsFile> {
+async function openFile({ settings }: HttpServer, path: string): Promise<OpenFile> {
+  const fs = await fileSystem();
   for (let attempt = 0; attempt < READ_ATTEMPTS; attempt++) {
-    const file = await openInTime(path), info = await file?.stat();
+    const file = OpenFile.open(fs, path), info = file?.stat();
     if (file === undefined || info === undefined) break;
-    if (info.isFile && (server.settings.followLinks || isReached(path, (found) => isSameFile(found, info)))) {
-      return file;
-    }
+    if (info.isFile && (settings.followLinks || isReached(path, (found) => isSameFile(found, info)))) return file;
     // Another may have taken its place meanwhile, as it should be.
-    file.close();
+    file[Symbol.dispose]();
   }
-  throw new HttpError(404, "It is not there any more");
+  if (statOf(path)?.isFile) throw fileChanged();
+  throw new HttpError(404, "Nothing is here any more");
 }
 
-/** Opens a file; undefined if there is none, or if that takes too long, as it does with a pipe that nobody writes to. */
-async function openInTime(path: string): Promise<Deno.FsFile | undefined> {
-  const opening = Deno.open(path), late = Promise.withResolvers<undefined>();
-  const timer = setTimeout(() => late.resolve(undefined), OPEN_TIME);
-  const file = await Promise.race([opening, late.promise]).catch(absence);
-  clearTimeout(timer);
-  if (file === undefined) opening.then((file) => file.close(), () => {});
-  return file;
+type FileSystem = typeof import("node:fs");
+
+/** What Deno has of Node's file system; had when it is first needed, since it would delay every start. */
+const fileSystem = lazily(async (): Promise<FileSystem> => (await import("node:fs")).default);
+
+/** What is known of a file, however it was looked at. */
+type FileInfo = Pick<
+  Deno.FileInfo,
+  "isFile" | "isDirectory" | "size" | "mtime" | "ctime" | "birthtime" | "ino" | "dev" | "nlink"
+>;
+
+/**
+ * An open file. `Deno.open` would wait for ever, and a thread with it, if a pipe has taken the place of the file: this
+ * does not wait. It reads at once: what is in the system's memory is there sooner than another thread could tell.
+ */
+class OpenFile implements Disposable {
+  readonly #fs: FileSystem;
+  readonly #descriptor: number;
+
+  constructor(fs: FileSystem, descriptor: number) {
+    this.#fs = fs;
+    this.#descriptor = descriptor;
+  }
+
+  /** Undefined if nothing is there, or a link. */
+  static open(fs: FileSystem, path: string): OpenFile | undefined {
+    const { O_RDONLY, O_NONBLOCK = 0, O_NOFOLLOW = 0 } = fs.constants;
+    const descriptor = orNothing(() => fs.openSync(path, O_RDONLY | O_NONBLOCK | O_NOFOLLOW));
+    return descriptor === undefined ? undefined : new OpenFile(fs, descriptor);
+  }
+
+  stat(): FileInfo {
+    const stats = this.#fs.fstatSync(this.#descriptor), { size, mtime, ctime, birthtime, ino, dev, nlink } = stats;
+    // Windows has no time of change in Deno's own words.
+    const changed = Deno.build.os === "windows" ? null : ctime;
+    return {
+      isFile: stats.isFile(),
+      isDirectory: stats.isDirectory(),
+      size,
+      mtime,
+      ctime: changed,
+      birthtime,
+      ino,
+      dev,
+      nlink,
+    };
+  }
+
+  /** Reads from `position` on, until the buffer is full or the file ends. Returns how many bytes were read. */
+  read(buffer: Uint8Array, position: number): number {
+    let length = 0;
+    while (length < buffer.length) {
+      const count = this.#fs.readSync(this.#descriptor, buffer, length, buffer.length - length, position + length);
+      if (count === 0) break;
+      length += count;
+    }
+    return length;
+  }
+
+  [Symbol.dispose](): void {
+    this.#fs.closeSync(this.#descriptor);
+  }
 }
 
 /** How many looks decide that something was reached without a link. */
@@ -2718,7 +2770,7 @@ const LOOKS = 40;
  * swapped for a link, and back, between two. So the looks alternate: is the path free of links? does it lead to that
  * thing? Which of the two is asked is left to chance each time, so that no rhythm of swaps can suit all of them.
  */
-function isReached(path: string, isIt: (info: Deno.FileInfo) => boolean): boolean {
+function isReached(path: string, isIt: (info: FileInfo) => boolean): boolean {
   const isFree = () => orNothing(() => Deno.realPathSync(path)) === path;
   const leadsThere = () => {
     const info = statOf(path);
@@ -2729,28 +2781,26 @@ function isReached(path: string, isIt: (info: Deno.FileInfo) => boolean): boolea
 
 /** A file that is too large to be kept. */
 function streamedMessage({ server }: Exchange, file: FileFound, nature: Nature, variant: Variant): StreamMessage {
-  const content = variant.encoding === nature.encoding
+  const content = isAsStored(nature, variant)
     ? streamFile(server, variant.source)
     : streamConverted(server, file, nature, variant);
   return { ...describeVariant(server, file, nature, variant), content };
 }
 
 /** A large file, as it is, as long as it was when it was looked at. */
-function streamFile(server: HttpServer, source: FileFound): Stream {
+function streamFile(server: HttpServer, source: FileFound, pieceSize: number = PIECE_SIZE): Stream {
   return {
     length: source.size,
     async *read(start = 0, end = Infinity) {
       using file = await openFile(server, source.path);
-      const info = await file.stat();
+      const info = file.stat();
       if (!isSameFile(info, source.info) || info.size < source.size) throw fileChanged();
-      if (start > 0) await file.seek(start, Deno.SeekMode.Start);
-      const buffer = new Uint8Array(PIECE_SIZE);
-      for (let left = Math.min(end, source.size) - start; left > 0;) {
-        const piece = left < PIECE_SIZE ? buffer.subarray(0, left) : buffer;
-        if (await readFully(file, piece) < piece.length || !await isUntouched(file, source.info, source.path)) {
+      const buffer = new Uint8Array(pieceSize), last = Math.min(end, source.size);
+      for (let at = start; at < last; at += pieceSize) {
+        const piece = last - at < pieceSize ? buffer.subarray(0, last - at) : buffer;
+        if (file.read(piece, at) < piece.length || !await isUntouched(file, source.info, source.path)) {
           throw fileChanged();
         }
-        left -= piece.length;
         yield piece;
       }
     },
@@ -2807,7 +2857,8 @@ async function* convertPieces(
   // Behind a line feed, an ASCII byte in all these, a decoder begins anew, and so does an encoder; but see ISO-2022-JP.
   const isSeekable = !/^(?:utf-16|iso-2022)/.test(stored) && encoding !== "iso-2022-jp";
   let rest = new Uint8Array(), read = from, sent = to;
-  for await (const piece of streamFile(server, file).read(from)) {
+  for await (const piece of streamFile(server, file, CONVERTED_PIECE).read(from)) {
+    await workTurn();
     const isLast = (read += piece.length) >= file.size, bytes = rest.length > 0 ? concat([rest, piece]) : piece;
     const lineEnd = isLast || !isSeekable ? bytes.length : bytes.lastIndexOf(LF) + 1;
     const end = lineEnd === 0 ? bytes.length : lineEnd;
@@ -3634,12 +3685,11 @@ function decodeText(bytes: Uint8Array, encoding: string): string {
 
 /** Whether all of the bytes are text of that encoding; `partial` allows a character cut off at the end. */
 function isValid(bytes: Uint8Array, encoding: string, partial = false): boolean {
-  try {
-    new TextDecoder(encoding, { fatal: true }).decode(bytes, { stream: partial });
-    return true;
-  } catch {
-    return false;
-  }
+  const text = new TextDecoder(encoding, { ignoreBOM: true }).decode(bytes, { stream: partial });
+  if (!text.includes("\ufffd")) return true;
+  // U+FFFD may itself be there. To be told by an error would take longer than all of this.
+  const { bytes: again, lost } = encodeText(text, encoding, "replacement");
+  return /^(?:utf-|gb18030)/.test(encoding) && lost === 0 && again.every((byte, i) => byte === bytes[i]);
 }
 
 /** The encoding that a byte-order mark names (Encoding §6, "BOM sniff"). */
@@ -4720,14 +4770,14 @@ h2 { font: 600 1.25rem/1.3 Georgia, "Noto Serif", serif; margin: 2.5rem 0 .5rem 
 p { max-width: 44rem; margin: .5rem 0 } small, .soft, dt { color: var(--soft) } a { color: var(--accent) }
 code, pre, .bytes { font-family: ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace; font-size: .875rem }
 .card { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); padding: 1.25rem; background: var(--panel); border: 1px solid var(--line); border-radius: .5rem }
-.card .wide { grid-column: 1 / -1 } label { display: grid; gap: .25rem; font-weight: 600 } .search { display: flex; flex-wrap: wrap; align-items: end; gap: .75rem }
+.card .wide { grid-column: 1 / -1 } label { display: grid; gap: .25rem; font-weight: 600 } .search { display: flex; flex-wrap: wrap; align-items: end; gap: .75rem; margin-block: 1rem } .search label:first-of-type { flex: 1 1 16rem; max-width: 30rem }
 textarea, select, input, button { font: inherit; font-weight: 400; color: inherit; width: 100%; padding: .5rem .75rem; background: var(--paper); border: 1px solid var(--soft); border-radius: .25rem }
 textarea { min-height: 5rem; resize: vertical } button { justify-self: start; width: auto; padding-inline: 1.5rem; color: var(--paper); background: var(--accent); border-color: var(--accent); font-weight: 600; cursor: pointer }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
 details { margin: .5rem 0 } summary { cursor: pointer; padding: .25rem 0 } .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100% } caption { text-align: start; color: var(--soft); padding-bottom: .5rem }
 th, td { text-align: start; vertical-align: top; padding: .4rem 1rem .4rem 0; border-bottom: 1px solid var(--line) } th { font-weight: 600; white-space: nowrap } .number { text-align: end; white-space: nowrap; font-variant-numeric: tabular-nums } td time { white-space: nowrap } td.text { overflow-wrap: anywhere; min-width: 14rem } form td.text { min-width: 0; width: 100% }
 th button { padding: 0; color: var(--accent); background: none; border: 0; text-decoration: underline } .tick { display: flex; align-items: center; gap: .5rem; padding-block: .5rem; font-weight: 400 } .tick input { width: auto }
-.search + form { margin-top: 1.5rem } .results { padding-inline-start: 2.5rem } .results li { margin: 1rem 0; overflow-wrap: anywhere } .results p { margin: 0 } main:has(.over) .running { display: none } @media (max-width: 30rem) { .clock { display: none } .results { padding: 0; list-style: none } }
+.search + form { margin-top: 1.5rem } .results { padding-inline-start: 2.5rem } .results li { margin: 1rem 0; overflow-wrap: anywhere } .results p { margin: 0 } main:has(.over) .running { display: none } @media (max-width: 30rem) { .clock { display: none } .results { padding-inline-start: 2rem } caption ~ tbody td { display: block; border: 0; padding-block: .3rem 0 } caption ~ tbody td + td { border-bottom: 1px solid var(--line); padding-block: 0 .3rem } }
 .char { font-size: 1.35rem; line-height: 1.2 } mark { color: inherit; background: var(--wrong); border-radius: .2em; padding: 0 .1em } .notice { padding: .75rem 1.25rem; background: var(--wrong); border-radius: .5rem }
 .greetings { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: .75rem 1.5rem; margin: 1rem 0 } .greetings dd { margin: 0 }
 nav { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem } footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line); color: var(--soft) }
@@ -4773,7 +4823,7 @@ interface FolderEntry {
   readonly name: string;
   /** Where it is: no part of it is a symbolic link. */
   readonly real: string;
-  readonly info: Deno.FileInfo;
+  readonly info: FileInfo;
   readonly isFolder: boolean;
   /** In bytes; 0 for a folder. */
   readonly size: number;
@@ -4844,7 +4894,7 @@ async function readPage(server: HttpServer, path: string, asked: ListingQuery) {
     const entries = await describePage(server, site, path, listed, asked);
     // If the folder was swapped for a link meanwhile, nothing from elsewhere may be shown.
     const shown = entries.filter(({ name }) => !listed.links.has(name));
-    const isShown = (found: Deno.FileInfo) => {
+    const isShown = (found: FileInfo) => {
       const entry = shown[Math.floor(Math.random() * shown.length)], info = entry && statOf(entry.real);
       return entry === undefined ? isSameFile(found, folder) : info !== undefined && isSameFile(info, entry.info);
     };
@@ -4940,7 +4990,7 @@ function describeEntry(
   }
 }
 
-function entryOf(name: string, real: string, info: Deno.FileInfo): FolderEntry | undefined {
+function entryOf(name: string, real: string, info: FileInfo): FolderEntry | undefined {
   const { isFile, isDirectory: isFolder, size, mtime } = info;
   if (!isFile && !isFolder) return undefined;
   return { name, real, info, isFolder, size: isFolder ? 0 : size, time: mtime?.getTime() || 0 };
@@ -5017,7 +5067,7 @@ function keptFields({ query }: Exchange): string {
 }
 
 function sizeHtml(isFolder: boolean, size: number): string {
-  return isFolder ? "" : `<span title="${size} bytes">${formatSize(size)}</span>`;
+  return isFolder ? "" : `<span title="${size} ${size === 1 ? "byte" : "bytes"}">${formatSize(size)}</span>`;
 }
 
 /** A time in UTC; where there is little room, the day. */
@@ -5231,9 +5281,9 @@ async function searchText(search: Search, path: readonly string[], real: string)
   // What is no text by its name is not even opened.
   if (type !== undefined && type !== "video/mp2t" && charsetRule(type) === "none") return undefined;
   try {
-    // Others get their turn while this is waited for. To wait for what follows, too, would take longer than to do it.
-    using file = await openInTime(real);
-    const entry = file && entryOf(name, real, file.statSync());
+    await workTurn();
+    using file = OpenFile.open(await fileSystem(), real);
+    const info = file?.stat(), entry = info?.isFile ? entryOf(name, real, info) : undefined;
     if (file === undefined || entry === undefined || entry.isFolder) return undefined;
     if (entry.size > SEARCHED_FILE) search.large++;
     const line = entry.size > SEARCHED_FILE ? undefined : await findLine(search, file, entry);
@@ -5248,11 +5298,11 @@ const NO_EVIDENCE: Evidence = { key: "", places: new Cache(0), looks: [], since:
 
 async function findLine(
   search: Search,
-  file: Deno.FsFile,
+  file: OpenFile,
   { name, real, info }: FolderEntry,
 ): Promise<TextLine | undefined> {
   const sample = new Uint8Array(Math.min(info.size, BUFFERED_LIMIT));
-  const length = info.size > SEARCHED_PIECE ? await readFully(file, sample) : file.readSync(sample) ?? 0;
+  const length = file.read(sample, 0);
   const found = describeFile(real, name, info, NO_EVIDENCE);
   if (info.size <= BUFFERED_LIMIT && !mayHaveLetters(sample, search.letters)) {
     search.files++;
@@ -5355,12 +5405,12 @@ const foldedCharacters = lazily(() => {
 });
 
 /** A file from its beginning, of which all is there already if it is small. Others get their turn at each piece. */
-async function* piecesOf(file: Deno.FsFile, size: number, sample: Uint8Array): AsyncGenerator<Uint8Array> {
+async function* piecesOf(file: OpenFile, size: number, sample: Uint8Array): AsyncGenerator<Uint8Array> {
   if (size <= SEARCHED_PIECE) return yield sample;
-  await file.seek(0, Deno.SeekMode.Start);
   const buffer = new Uint8Array(SEARCHED_PIECE);
-  for (let left = size, count; left > 0 && (count = await file.read(buffer)) !== null; left -= count) {
-    yield buffer.subarray(0, Math.min(left, count));
+  for (let at = 0, count; at < size && (count = file.read(buffer, at)) > 0; at += count) {
+    await workTurn();
+    yield buffer.subarray(0, Math.min(size - at, count));
   }
 }
 
@@ -6271,9 +6321,9 @@ function latin1Bytes(text: string): Uint8Array<ArrayBuffer> {
 }
 
 function writeLatin1(text: string, bytes: Uint8Array): void {
-  const { read, written } = UTF8_ENCODER.encodeInto(text, bytes);
-  if (read === text.length && written === text.length) return;
-  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+  // ASCII is the same in UTF-8. (Deno 2.6 comes to miscount what `encodeInto` wrote: only what is known before counts.)
+  if (!/[\x80-\xff]/.test(text)) UTF8_ENCODER.encodeInto(text, bytes);
+  else for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
 }
 
 /** Size of a shared buffer, in bytes. All of it stays in memory as long as any part of it is in use. */
@@ -6295,6 +6345,20 @@ function concat(parts: readonly Uint8Array[]): Uint8Array<ArrayBuffer> {
   let at = 0;
   for (const part of parts) whole.set(part, at), at += part.length;
   return whole;
+}
+
+/** How long work goes on before others are served, in milliseconds. */
+const WORK_TIME = 8;
+/** When others were served last; what waits for its turn to work; and how much that is. */
+let workedSince = 0, workLine: Promise<unknown> = Promise.resolve(), workers = 0;
+
+/** What takes long waits for this before each step of it: one step at a time, and others are served in between. */
+async function workTurn(): Promise<void> {
+  if (workers === 0 && performance.now() - workedSince < WORK_TIME) return;
+  workers++;
+  await (workLine = workLine.then(() => new Promise((resolve) => setTimeout(resolve))));
+  workers--;
+  workedSince = performance.now();
 }
 
 /** Most results that `remembered` keeps. */
@@ -6711,7 +6775,7 @@ function label(text: string): string {
 }
 
 function hostName(text: string): string {
-  if (text === "*" || HOST.test(text)) return text.toLowerCase();
+  if (text === "*" || HOST.test(text)) return text.toLowerCase().replace(/\.$/, "");
   throw new UsageError("expected a host name such as example.com, without a port, or *");
 }
 
