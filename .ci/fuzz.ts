@@ -767,6 +767,8 @@ async function checkSearch(random: Random, port: number): Promise<number> {
 
 /** Clients that are gone as soon as they are there: a reset, before the server has accepted them. */
 async function checkResets(random: Random, server: Server): Promise<number> {
+  // Deno 2.6 neither sends the reset nor lets go of the socket.
+  if (/^2\.[0-6]\./.test(Deno.version.deno)) return 0;
   const { port } = server.addr as Deno.NetAddr;
   const resets = Array.from({ length: 10 + random.below(140) }, () =>
     new Promise<void>((resolve) => {
