@@ -2463,8 +2463,8 @@ function select(exchange: Exchange, file: FileFound, { type, encoding: stored, i
 }
 
 /** `?bom=1`: a byte-order mark before text, for programs that look for nothing else. */
-function asksForMark({ head, query }: Exchange): boolean {
-  return head.query !== undefined && head.query.includes("bom=") && query.get("bom") === "1";
+function asksForMark(exchange: Exchange): boolean {
+  return exchange.head.query !== undefined && exchange.head.query.includes("bom=") && exchange.query.get("bom") === "1";
 }
 
 /** The best of the codings that we can make, if we are not too busy. */
@@ -2686,9 +2686,8 @@ const fileChanged = () => new HttpError(503, "The file is being written", [["Ret
 
 /** Opens a file of the site: what is opened was reached without a link, however fast somebody swaps folders and links. */
 async function openFile({ settings }: HttpServer, path: string): Promise<OpenFile> {
-  const fs = await fileSystem();
   for (let attempt = 0; attempt < READ_ATTEMPTS; attempt++) {
-    const file = OpenFile.open(fs, path), info = file?.stat();
+    const file = await openNow(path), info = file?.stat();
     if (file === undefined || info === undefined) break;
     if (info.isFile && (settings.followLinks || isReached(path, (found) => isSameFile(found, info)))) return file;
     // Another may have taken its place meanwhile, as it should be.
@@ -2698,68 +2697,72 @@ async function openFile({ settings }: HttpServer, path: string): Promise<OpenFil
   throw new HttpError(404, "Nothing is here any more");
 }
 
-type FileSystem = typeof import("node:fs");
-
-/** What Deno has of Node's file system; had when it is first needed, since it would delay every start. */
-const fileSystem = lazily(async (): Promise<FileSystem> => (await import("node:fs")).default);
-
 /** What is known of a file, however it was looked at. */
 type FileInfo = Pick<
   Deno.FileInfo,
   "isFile" | "isDirectory" | "size" | "mtime" | "ctime" | "birthtime" | "ino" | "dev" | "nlink"
 >;
 
-/**
- * An open file. `Deno.open` would wait for ever, and a thread with it, if a pipe has taken the place of the file: this
- * does not wait. It reads at once: what is in the system's memory is there sooner than another thread could tell.
- */
-class OpenFile implements Disposable {
-  readonly #fs: FileSystem;
-  readonly #descriptor: number;
-
-  constructor(fs: FileSystem, descriptor: number) {
-    this.#fs = fs;
-    this.#descriptor = descriptor;
-  }
-
-  /** Undefined if nothing is there, or a link. */
-  static open(fs: FileSystem, path: string): OpenFile | undefined {
-    const { O_RDONLY, O_NONBLOCK = 0, O_NOFOLLOW = 0 } = fs.constants;
-    const descriptor = orNothing(() => fs.openSync(path, O_RDONLY | O_NONBLOCK | O_NOFOLLOW));
-    return descriptor === undefined ? undefined : new OpenFile(fs, descriptor);
-  }
-
-  stat(): FileInfo {
-    const stats = this.#fs.fstatSync(this.#descriptor), { size, mtime, ctime, birthtime, ino, dev, nlink } = stats;
-    // Windows has no time of change in Deno's own words.
-    const changed = Deno.build.os === "windows" ? null : ctime;
-    return {
-      isFile: stats.isFile(),
-      isDirectory: stats.isDirectory(),
-      size,
-      mtime,
-      ctime: changed,
-      birthtime,
-      ino,
-      dev,
-      nlink,
-    };
-  }
-
+/** An open file, which is read at once: what is in the system's memory is there sooner than another thread could tell. */
+interface OpenFile extends Disposable {
+  stat(): FileInfo;
   /** Reads from `position` on, until the buffer is full or the file ends. Returns how many bytes were read. */
-  read(buffer: Uint8Array, position: number): number {
-    let length = 0;
-    while (length < buffer.length) {
-      const count = this.#fs.readSync(this.#descriptor, buffer, length, buffer.length - length, position + length);
-      if (count === 0) break;
-      length += count;
-    }
-    return length;
-  }
+  read(buffer: Uint8Array, position: number): number;
+}
 
-  [Symbol.dispose](): void {
-    this.#fs.closeSync(this.#descriptor);
-  }
+/** Longest that opening a file may take, in milliseconds. Where a pipe has taken its place, it would take for ever. */
+const OPEN_TIME = 2000;
+/** Whether that has happened: from then on, files are opened in the way that does not wait. */
+let meetsPipes = false;
+
+/** Opens what is at a path; undefined if nothing is, or if it does not open. */
+async function openNow(path: string): Promise<OpenFile | undefined> {
+  if (meetsPipes) return openWithoutWaiting(await fileSystem(), path);
+  const opening = Deno.open(path), late = Promise.withResolvers<"late">();
+  const timer = setTimeout(() => late.resolve("late"), OPEN_TIME);
+  const opened = await Promise.race([opening, late.promise]).catch(absence);
+  clearTimeout(timer);
+  if (opened !== "late") return opened && openedByDeno(opened);
+  meetsPipes = true;
+  // A thread waits for the other end of the pipe. Should that come, it is not needed any more.
+  opening.then((file) => file.close(), () => {});
+  return openNow(path);
+}
+
+function openedByDeno(file: Deno.FsFile): OpenFile {
+  const read = (buffer: Uint8Array, position: number) => {
+    file.seekSync(position, Deno.SeekMode.Start);
+    return readFully((rest) => file.readSync(rest) ?? 0, buffer);
+  };
+  return { stat: () => file.statSync(), read, [Symbol.dispose]: () => file.close() };
+}
+
+type FileSystem = typeof import("node:fs");
+
+/** What Deno has of Node's file system. Everything is slower once it is there: it is had when it is first needed. */
+const fileSystem = lazily(async (): Promise<FileSystem> => (await import("node:fs")).default);
+
+/** The same by way of `node:fs`, which can be told not to wait, nor to follow a link. */
+function openWithoutWaiting(fs: FileSystem, path: string): OpenFile | undefined {
+  const { O_RDONLY, O_NONBLOCK = 0, O_NOFOLLOW = 0 } = fs.constants;
+  const descriptor = orNothing(() => fs.openSync(path, O_RDONLY | O_NONBLOCK | O_NOFOLLOW));
+  if (descriptor === undefined) return undefined;
+  const stat = () => {
+    const stats = fs.fstatSync(descriptor), { size, mtime, birthtime, ino, dev, nlink } = stats;
+    // Deno has no time of change on Windows.
+    const ctime = Deno.build.os === "windows" ? null : stats.ctime;
+    return { isFile: stats.isFile(), isDirectory: stats.isDirectory(), size, mtime, ctime, birthtime, ino, dev, nlink };
+  };
+  const read = (buffer: Uint8Array, position: number) =>
+    readFully((rest) => fs.readSync(descriptor, rest, 0, rest.length, position + buffer.length - rest.length), buffer);
+  return { stat, read, [Symbol.dispose]: () => fs.closeSync(descriptor) };
+}
+
+/** Reads until the buffer is full, or nothing more comes. Returns how many bytes were read. */
+function readFully(readSome: (rest: Uint8Array) => number, buffer: Uint8Array): number {
+  let length = 0;
+  for (let count; length < buffer.length && (count = readSome(buffer.subarray(length))) > 0;) length += count;
+  return length;
 }
 
 /** How many looks decide that something was reached without a link. */
@@ -5282,7 +5285,7 @@ async function searchText(search: Search, path: readonly string[], real: string)
   if (type !== undefined && type !== "video/mp2t" && charsetRule(type) === "none") return undefined;
   try {
     await workTurn();
-    using file = OpenFile.open(await fileSystem(), real);
+    using file = await openNow(real);
     const info = file?.stat(), entry = info?.isFile ? entryOf(name, real, info) : undefined;
     if (file === undefined || entry === undefined || entry.isFolder) return undefined;
     if (entry.size > SEARCHED_FILE) search.large++;

@@ -10,7 +10,6 @@
  * @module
  */
 
-import fs from "node:fs";
 import { assert, assertEquals, assertMatch, assertRejects, assertStringIncludes, assertThrows } from "@std/assert";
 import { bytesOf, Client, latin1, type Listening, type Reply } from "./.ci/client.ts";
 import { fuzz } from "./.ci/fuzz.ts";
@@ -128,7 +127,7 @@ async function later<T>(milliseconds: number, use: () => Promise<T>): Promise<T>
 }
 
 /** Functions of the file system that tests count, or let fail, and what has them. */
-const FILE_SYSTEM = { openSync: fs, lstatSync: Deno, realPathSync: Deno };
+const FILE_SYSTEM = { open: Deno, lstatSync: Deno, realPathSync: Deno };
 
 /** Has another function in the place of one of the file system meanwhile. */
 async function instead<T>(
@@ -2012,7 +2011,7 @@ async function whileFailing<T>(name: keyof typeof FILE_SYSTEM, use: () => Promis
   }, use);
 }
 
-for (const name of ["lstatSync", "realPathSync", "openSync"] as const) {
+for (const name of ["lstatSync", "realPathSync", "open"] as const) {
   Deno.test(`absence() is not what a broken disk shows in ${name}: 500, and a line of the log`, async () => {
     await using tree = await plant({ "a.txt": "a", "404.html": "<p>404" });
     const { log } = await logging({ root: tree.path, routes: [], fallback: "404.html" }, async (server) => {
@@ -2571,7 +2570,7 @@ Deno.test("describeFile() gives a file that rests one tag, and keeps what is mad
     const replies: Reply[] = [];
     for (const target of targets) replies.push(await ask(server, get(target, ...fields)));
     assertEquals(replies.map(({ fields }) => fields.get("etag")), tags);
-    const opens = await counting("openSync", async () => {
+    const opens = await counting("open", async () => {
       for (const [i, { content }] of replies.entries()) {
         const target = targets[i]!, etag = tags[i];
         const again = await getAndHead(server, target, ...fields);
@@ -2631,7 +2630,7 @@ Deno.test("describeFile() gives a file from the future one tag, and a Last-Modif
   await Deno.utime(`${server.path}/a.txt`, future, future);
   await later(RESTED, async () => {
     const tags = new Set<string>();
-    const opens = await counting("openSync", async () => {
+    const opens = await counting("open", async () => {
       for (let i = 0; i < 4; i++) {
         const { fields } = await getAndHead(server, `/a.txt?${i}`, "Accept-Encoding: gzip");
         assert(Date.parse(fields.get("last-modified")!) <= Date.parse(fields.get("date")!), "RFC 9110 §8.8.2.1");
