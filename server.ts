@@ -181,6 +181,8 @@ class HttpServer implements Server {
   readonly #connections = new Set<Connection>();
   readonly #clock: Clock;
   readonly #line = new Line();
+  /** Value of the Date field. */
+  readonly date = onceASecond(formatDate);
   /** Whether a request names this server (RFC 9110 §7.4): a page elsewhere must not reach us by a name that it controls. */
   readonly answersTo: (authority: string) => boolean;
   readonly #sweeper: ReturnType<typeof setInterval>;
@@ -193,13 +195,10 @@ class HttpServer implements Server {
   #held = 0;
   /** Connections accepted so far. */
   #accepted = 0;
-  #second = 0;
-  #date = "";
   /** ROOT as it was at the last look, when that was, and how long it is believed, in milliseconds. */
   #site: Site | undefined;
   #looked = 0;
   #lifetime = 0;
-  #backoff: PromiseWithResolvers<void> | undefined;
 
   constructor(options: ServeOptions) {
     const settings = this.settings = settingsOf(options);
@@ -230,13 +229,6 @@ class HttpServer implements Server {
     options.signal?.addEventListener("abort", () => void this.shutdown(), { once: true });
     if (options.signal?.aborted) void this.shutdown();
     options.onListen?.(this.addr);
-  }
-
-  /** Value of the Date field, made once a second: equal strings are the same. */
-  date(): string {
-    const now = Date.now(), second = Math.trunc(now / 1000);
-    if (second !== this.#second) [this.#second, this.#date] = [second, formatDate(now)];
-    return this.#date;
   }
 
   /** ROOT, where its name leads now. Throws 503 if that is nowhere. */
@@ -280,17 +272,9 @@ class HttpServer implements Server {
         if (GONE.some((each) => error instanceof each)) continue;
         // The system has no more files: others will close theirs.
         this.log.line(`cannot accept a connection: ${(error as Error).message}`);
-        await this.#pause(ACCEPT_BACKOFF);
+        await pause(ACCEPT_BACKOFF);
       }
     }
-  }
-
-  /** Waits, unless the server stops meanwhile. */
-  async #pause(time: number): Promise<void> {
-    const { promise, resolve } = this.#backoff = Promise.withResolvers<void>();
-    const timer = setTimeout(resolve, time);
-    await promise;
-    clearTimeout(timer);
   }
 
   #take(conn: Deno.Conn): void {
@@ -350,7 +334,6 @@ class HttpServer implements Server {
     this.#drainDeadline = performance.now() + DRAIN_TIME;
     this.#idleDeadline = performance.now() + grace;
     this.#listener.close();
-    this.#backoff?.resolve();
     for (const connection of grace === 0 ? this.#connections : []) if (connection.isIdle) connection[Symbol.dispose]();
     if (this.#connections.size === 0) this.#drained.resolve();
   }
@@ -359,7 +342,7 @@ class HttpServer implements Server {
   async #emptyBacklog(): Promise<void> {
     for (let turn = 0, seen = -1; turn < BACKLOG_TURNS && seen !== this.#accepted; turn++) {
       seen = this.#accepted;
-      await new Promise((resolve) => setTimeout(resolve, BACKLOG_TURN));
+      await pause(BACKLOG_TURN);
     }
   }
 
@@ -2628,7 +2611,7 @@ const READ_ATTEMPTS = 5, READ_PAUSE = 5;
 
 async function readFile(server: HttpServer, found: FileFound): Promise<Opened> {
   for (let attempt = 0; attempt < READ_ATTEMPTS; attempt++) {
-    if (attempt > 0) await new Promise((resolve) => setTimeout(resolve, READ_PAUSE));
+    if (attempt > 0) await pause(READ_PAUSE);
     const now = Date.now();
     using opened = await openFile(server, found.path);
     const info = opened.stat();
@@ -2670,7 +2653,7 @@ async function digestOf(opened: OpenFile, bytes: Uint8Array<ArrayBuffer>, size: 
 async function isUntouched(file: OpenFile, opened: FileInfo, path: string): Promise<boolean> {
   for (let attempt = 0; attempt < READ_ATTEMPTS; attempt++) {
     // What is being appended shows in the time first, and then in the size.
-    if (attempt > 0) await new Promise((resolve) => setTimeout(resolve, READ_PAUSE));
+    if (attempt > 0) await pause(READ_PAUSE);
     const info = file.stat();
     if (info.size > opened.size || isSameState(info, opened)) return true;
     if (info.size < opened.size) return false;
@@ -2718,11 +2701,10 @@ let meetsPipes = false;
 /** Opens what is at a path; undefined if nothing is, or if it does not open. */
 async function openNow(path: string): Promise<OpenFile | undefined> {
   if (meetsPipes) return openWithoutWaiting(await fileSystem(), path);
-  const opening = Deno.open(path), late = Promise.withResolvers<"late">();
-  const timer = setTimeout(() => late.resolve("late"), OPEN_TIME);
-  const opened = await Promise.race([opening, late.promise]).catch(absence);
-  clearTimeout(timer);
-  if (opened !== "late") return opened && openedByDeno(opened);
+  const opening = Deno.open(path);
+  const opened = opening.then((file) => ({ file: openedByDeno(file) }), (error) => ({ file: absence(error) }));
+  const inTime = await within(OPEN_TIME, opened);
+  if (inTime !== undefined) return inTime.file;
   meetsPipes = true;
   // A thread waits for the other end of the pipe. Should that come, it is not needed any more.
   opening.then((file) => file.close(), () => {});
@@ -2975,7 +2957,7 @@ async function compressNow(make: () => Uint8Array<ArrayBuffer>, coding: Coding):
 async function writeAll(stream: WritableStream<BufferSource>, bytes: Uint8Array<ArrayBuffer>): Promise<void> {
   const writer = stream.getWriter();
   for (let at = 0; at < bytes.length; at += COMPRESSION_PIECE) {
-    if (at > 0) await new Promise((resolve) => setTimeout(resolve));
+    if (at > 0) await workTurn();
     await writer.write(bytes.subarray(at, at + COMPRESSION_PIECE));
   }
   await writer.close();
@@ -4922,7 +4904,7 @@ async function readFolder(server: HttpServer, site: Site, path: string): Promise
     if (!server.settings.dotfiles && name.startsWith(".")) continue;
     // Links may lead anywhere: only a look tells. Other names are looked at when they are shown.
     const entry = isSymlink ? describeEntry(server, site, path, name, true) : undefined;
-    if (isSymlink && ++count % LISTING_SLICE === 0) await new Promise((resolve) => setTimeout(resolve));
+    if (isSymlink && ++count % LISTING_SLICE === 0) await workTurn();
     if (name.includes("\ufffd") && statOf(pathBelow({ ...site, path }, name)) === undefined) unreadable++;
     else if (isDirectory || entry?.isFolder) folders.push(name);
     else if (isFile || entry !== undefined) files.push(name);
@@ -4946,7 +4928,7 @@ async function sortNames(names: string[]): Promise<string[]> {
   while (runs.length > 1) {
     const merged: string[][] = [];
     for (let i = 0; i < runs.length; i += 2) {
-      await new Promise((resolve) => setTimeout(resolve));
+      await workTurn();
       merged.push(mergeSorted(runs[i]!, runs[i + 1] ?? [], compare));
     }
     runs = merged;
@@ -4967,7 +4949,7 @@ async function describePage(server: HttpServer, site: Site, path: string, listed
   const onPage = <T>(list: readonly T[]) => list.slice((page - 1) * LISTING_PAGE, page * LISTING_PAGE);
   const names = [folders, files].flatMap((names) => sort === "name" && descending ? names.toReversed() : names);
   for (const [i, name] of (sort === "name" ? onPage(names) : names).entries()) {
-    if (i % LISTING_SLICE === LISTING_SLICE - 1) await new Promise((resolve) => setTimeout(resolve));
+    if (i % LISTING_SLICE === LISTING_SLICE - 1) await workTurn();
     const entry = links.get(name) ?? describeEntry(server, site, path, name, false);
     if (entry !== undefined) entries.push(entry);
   }
@@ -5249,7 +5231,7 @@ async function* searchBelow(search: Search, root: string): AsyncGenerator<Hit | 
       const isFolder = i < listed.folders.length, below = [...path, name], link = listed.links.get(name);
       const real = link?.real ?? pathBelow({ ...site, path: folder }, name);
       if (isFolder && !folders.has(real)) folders.set(real, below);
-      if (++search.names % LISTING_SLICE === 0) await new Promise((resolve) => setTimeout(resolve));
+      if (++search.names % LISTING_SLICE === 0) await workTurn();
       const hit = search.inText && !isFolder ? await searchText(search, below, real) : undefined;
       yield hit ?? searchName(search, below, real, link);
     }
@@ -6067,7 +6049,7 @@ async function textFixture(incoming: Incoming): Promise<Answer> {
   const mark = query.has("bom") ? byteOrderMark(get("bom") ?? "1", charset) : NO_BYTES;
   const { bytes } = encodeText(declarationOf(type, meta) + text, charset, unmappableFor(mode, type));
   const body = concat([mark, bytes]);
-  if (delay) await new Promise((resolve) => setTimeout(resolve, delay));
+  if (delay) await pause(delay);
   return {
     status: numberParameter(query, "status", 200, 599) ?? 200,
     type,
@@ -6216,6 +6198,16 @@ function formatDate(time: number): string {
   return new Date(time).toUTCString();
 }
 
+/** What is made of the time in milliseconds, once a second: within a second, it is the same string. */
+function onceASecond(make: (time: number) => string): () => string {
+  let last = 0, made = "";
+  return () => {
+    const now = Date.now(), second = Math.trunc(now / 1000);
+    if (second !== last) [last, made] = [second, make(now)];
+    return made;
+  };
+}
+
 /** A field that is one line, whatever a handler put into it (RFC 9110 §5.5: response splitting). */
 function checkField(name: string, value: string): Field {
   if (TOKEN.test(name) && /^[\t\x20-\x7e\x80-\xff]*$/.test(value)) return [name, value];
@@ -6350,6 +6342,22 @@ function concat(parts: readonly Uint8Array[]): Uint8Array<ArrayBuffer> {
   return whole;
 }
 
+/** Resolves after a time in milliseconds. */
+function pause(time: number): Promise<void> {
+  return new Promise((resolve) => setTimeout(resolve, time));
+}
+
+/** What a promise gives; undefined if that takes longer than a time in milliseconds. */
+async function within<T>(time: number, promise: Promise<T>): Promise<T | undefined> {
+  const { promise: late, resolve } = Promise.withResolvers<undefined>();
+  const timer = setTimeout(() => resolve(undefined), time);
+  try {
+    return await Promise.race([promise, late]);
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
 /** How long work goes on before others are served, in milliseconds. */
 const WORK_TIME = 8;
 /** When others were served last; what waits for its turn to work; and how much that is. */
@@ -6359,7 +6367,7 @@ let workedSince = 0, workLine: Promise<unknown> = Promise.resolve(), workers = 0
 async function workTurn(): Promise<void> {
   if (workers === 0 && performance.now() - workedSince < WORK_TIME) return;
   workers++;
-  await (workLine = workLine.then(() => new Promise((resolve) => setTimeout(resolve))));
+  await (workLine = workLine.then(() => pause(0)));
   workers--;
   workedSince = performance.now();
 }
@@ -6414,10 +6422,9 @@ class Log {
   #lines = "";
   #dropped = 0;
   readonly #detected = new Set<string>();
+  readonly #stamp = onceASecond(logDate);
   #timer: ReturnType<typeof setTimeout> | undefined;
   #writing: Promise<unknown> | undefined;
-  #second = 0;
-  #date = "";
 
   constructor(form: Settings["log"], write?: (lines: string) => void) {
     this.#form = form;
@@ -6473,15 +6480,6 @@ class Log {
     this.#timer ??= setTimeout(() => this.#flush(), LOG_INTERVAL);
   }
 
-  #stamp(): string {
-    const now = Date.now(), second = Math.trunc(now / 1000);
-    if (second !== this.#second) {
-      const [, day, month, year, time] = formatDate(now).split(" ");
-      [this.#second, this.#date] = [second, `${day}/${month}/${year}:${time} +0000`];
-    }
-    return this.#date;
-  }
-
   async #flush(): Promise<void> {
     const dropped = this.#dropped > 0 ? `charserve: ${this.#dropped} log entries were dropped\n` : "";
     const lines = this.#lines + dropped;
@@ -6496,10 +6494,7 @@ class Log {
 
   /** Writes what is left, if somebody takes it. */
   async close(): Promise<void> {
-    const { promise, resolve } = Promise.withResolvers<void>();
-    const patience = setTimeout(resolve, LOG_PATIENCE);
-    await Promise.race([promise, this.#finish()]);
-    clearTimeout(patience);
+    await within(LOG_PATIENCE, this.#finish());
     clearTimeout(this.#timer);
   }
 
@@ -6508,6 +6503,12 @@ class Log {
     clearTimeout(this.#timer);
     if (this.#lines !== "") await this.#flush();
   }
+}
+
+/** A time as the Common Log Format has it. */
+function logDate(time: number): string {
+  const [, day, month, year, clock] = formatDate(time).split(" ");
+  return `${day}/${month}/${year}:${clock} +0000`;
 }
 
 /** A head, a line each: `>` from the client, `<` to it. Passwords are not shown. */
@@ -6886,12 +6887,9 @@ interface ArgumentsPackage {
 
 /** Splits the arguments with `@std/cli`, or, where that is not to be had at once, with what is part of Deno. */
 async function splitArguments(args: readonly string[]): Promise<Typed> {
-  const { promise: late, resolve } = Promise.withResolvers<undefined>();
-  const timer = setTimeout(() => resolve(undefined), PACKAGE_PATIENCE);
   // The name is put together here: a literal one Deno would fetch before the first line runs, and wait for the network.
   const module = "parse-args", loading = import(`jsr:@std/cli@^1/${module}`).catch(() => undefined);
-  const loaded: ArgumentsPackage | undefined = await Promise.race([loading, late]);
-  clearTimeout(timer);
+  const loaded: ArgumentsPackage | undefined = await within(PACKAGE_PATIENCE, loading);
   return loaded === undefined ? splitByNode(await import("node:util"), args) : splitByPackage(loaded, args);
 }
 
