@@ -249,6 +249,7 @@ class HttpServer implements Server {
     if (!isSame) {
       this.#site = info &&
         {
+          server: this,
           path: path!,
           info,
           isFile: info.isFile,
@@ -1697,6 +1698,7 @@ function describeMethods(exchange: Exchange): Resource {
 
 /** ROOT as it is now: a folder, or a single file. Should its name be a link that is swapped, that is another site. */
 interface Site {
+  readonly server: HttpServer;
   /** No part of it is a symbolic link. */
   readonly path: string;
   readonly info: FileInfo;
@@ -1717,10 +1719,9 @@ interface Place {
 
 /** What something was decided by. */
 interface Evidence {
-  /** What the place is kept under. */
+  readonly site: Site;
+  /** What the place is kept under in the site's places. */
   readonly key: string;
-  /** What it is kept in. */
-  readonly places: Cache<Place>;
   readonly looks: Look[];
   /** When all was last looked at itself, when anything was, and when the last of all this changed, in milliseconds. */
   since: number;
@@ -1757,7 +1758,7 @@ const GRANULARITY = 1050;
 function locateFile(exchange: Exchange): Resource {
   const { head: { path }, server } = exchange, { fallback } = server.settings;
   const key = isPlain(path) ? path : `${path} ${exchange.charset}`;
-  const found = placeOf(server, key, (site, evidence) => findPath(exchange, site, evidence));
+  const found = placeOf(server, key, (evidence) => findPath(exchange, evidence));
   if (found !== undefined) return found;
   // A page stands in for pages: whoever asks for a script or an image is not helped by one.
   const isPage = typeOfExtension(percentDecodeText(path, "utf-8"), server.settings.type) === undefined;
@@ -1769,19 +1770,19 @@ function locateFile(exchange: Exchange): Resource {
 
 /** A file of ROOT that the server itself looks for. */
 function placeOfName(server: HttpServer, name: string, status: 200 | 404): Resource | undefined {
-  return placeOf(server, `\0${status} ${name}`, (site, evidence) => {
-    const path = pathBelow(site, name), found = site.isFile ? undefined : look(server, site, evidence, path);
+  return placeOf(server, `\0${status} ${name}`, (evidence) => {
+    const { site } = evidence, path = pathBelow(site, name), found = site.isFile ? undefined : look(evidence, path);
     return found?.info.isFile ? fileResource(path, found, evidence, status) : undefined;
   });
 }
 
 /** What is kept under a key, if it is still true; else what is found now. */
-function placeOf(server: HttpServer, key: string, find: (site: Site, evidence: Evidence) => Resource | undefined) {
+function placeOf(server: HttpServer, key: string, find: (evidence: Evidence) => Resource | undefined) {
   const site = server.site(), now = Date.now();
   let place = site.places.get(key);
-  if (place === undefined || !isBelieved(place.evidence, now) && !isStillTrue(server, site, place.evidence, now)) {
-    const evidence: Evidence = { key, places: site.places, looks: [], since: now, looked: now, changed: 0 };
-    place = { resource: find(site, evidence), evidence };
+  if (place === undefined || !isBelieved(place.evidence, now) && !isStillTrue(place.evidence, now)) {
+    const evidence: Evidence = { site, key, looks: [], since: now, looked: now, changed: 0 };
+    place = { resource: find(evidence), evidence };
     site.places.set(copyOf(key), place, PLACE_SIZE);
   }
   return place.resource;
@@ -1792,13 +1793,13 @@ function isBelieved({ looked, changed }: Evidence, now: number): boolean {
 }
 
 /** Looks again at all that something was decided by. */
-function isStillTrue(server: HttpServer, site: Site, evidence: Evidence, now: number): boolean {
-  const isOld = now - evidence.since >= LONGEST_ABSENCE;
+function isStillTrue(evidence: Evidence, now: number): boolean {
+  const { site } = evidence, isOld = now - evidence.since >= LONGEST_ABSENCE;
   const isTrue = evidence.looks.every(({ path, found, folder }) => {
     // What was reached without a link is the same thing if its identity is, however it is reached now.
     if (found?.real === path) return isDirect(site, path, now) && isSameState(statOf(path), found.info);
     if (folder !== undefined && !isOld && isSameState(statOf(parentOf(path)), folder)) return true;
-    const again = findInside(server, site, path);
+    const again = findInside(site, path);
     return again?.real === found?.real && (again === found || isSameState(again?.info, found!.info));
   });
   evidence.looked = now;
@@ -1848,8 +1849,8 @@ function lifetimeOf(age: number): number {
 }
 
 /** Looks at a path, and notes what was there. */
-function look(server: HttpServer, site: Site, evidence: Evidence, path: string): Found | undefined {
-  const found = findInside(server, site, path);
+function look(evidence: Evidence, path: string): Found | undefined {
+  const found = findInside(evidence.site, path);
   const folder = found === undefined ? folderWithout(path) : undefined, info = found?.info ?? folder;
   const changed = info === undefined ? evidence.looked : changeTime(info, evidence.looked);
   evidence.changed = Math.max(evidence.changed, changed);
@@ -1858,9 +1859,9 @@ function look(server: HttpServer, site: Site, evidence: Evidence, path: string):
 }
 
 /** What a path leads to, if links do not lead it out of ROOT. */
-function findInside(server: HttpServer, site: Site, path: string): Found | undefined {
+function findInside(site: Site, path: string): Found | undefined {
   const real = orNothing(() => Deno.realPathSync(path));
-  if (real === undefined || !isInside(server, site, real)) return undefined;
+  if (real === undefined || !isInside(site, real)) return undefined;
   const info = statOf(real);
   return info && { real, info };
 }
@@ -1871,8 +1872,9 @@ function statOf(path: string): Deno.FileInfo | undefined {
 }
 
 /** Whether a path without links may be served: it is ROOT, or below it. */
-function isInside({ settings }: HttpServer, { path }: Site, real: string): boolean {
-  return settings.followLinks || real === path || real.startsWith(path.endsWith(SEPARATOR) ? path : path + SEPARATOR);
+function isInside({ server, path }: Site, real: string): boolean {
+  return server.settings.followLinks || real === path ||
+    real.startsWith(path.endsWith(SEPARATOR) ? path : path + SEPARATOR);
 }
 
 /** What the file system gives; undefined for what is not there. Throws 403 or 503 for what it withholds. */
@@ -1912,12 +1914,10 @@ const IMPOSSIBLE_NAME = Deno.build.os === "windows"
   : /\0/;
 
 /** Finds what a path names, in the first reading of it that names something. */
-function findPath(exchange: Exchange, site: Site, evidence: Evidence): Resource | undefined {
-  const { server } = exchange, find = (path: string) => look(server, site, evidence, path);
-  for (const path of readingsOfPath(exchange)) {
-    const found = site.isFile
-      ? findRootFile(site, path, evidence, find)
-      : findBelow(exchange, site, path, evidence, find);
+function findPath({ head, charset }: Exchange, evidence: Evidence): Resource | undefined {
+  const { site } = evidence;
+  for (const path of readingsOfPath(head.path, charset, site.server.settings)) {
+    const found = site.isFile ? findRootFile(path, evidence) : findBelow(path, head.path, evidence);
     if (found !== undefined) return found;
   }
   return undefined;
@@ -1927,8 +1927,8 @@ function findPath(exchange: Exchange, site: Site, evidence: Evidence): Resource 
 const PATH_READINGS = 6;
 
 /** What a path may read as: UTF-8, the charset in force, or the charsets in which an old link is the most ordinary text. */
-function readingsOfPath({ head: { path }, charset, server }: Exchange): ReadonlySet<string> {
-  const { sourceCharset } = server.settings, bytes = percentDecode(path);
+function readingsOfPath(path: string, charset: string, { sourceCharset }: Settings): ReadonlySet<string> {
+  const bytes = percentDecode(path);
   if (isPlain(path)) return new Set([path]);
   if (isValid(bytes, "utf-8")) return new Set([decodeText(bytes, "utf-8"), decodeText(bytes, charset)]);
   const detected = detect(bytes).slice(0, PATH_READINGS).map(({ encoding }) => encoding);
@@ -1936,27 +1936,27 @@ function readingsOfPath({ head: { path }, charset, server }: Exchange): Readonly
   return new Set(charsets.map((name) => decodeText(bytes, name)));
 }
 
-type Find = (path: string) => Found | undefined;
-
-function findRootFile(site: Site, path: string, evidence: Evidence, find: Find): Resource | undefined {
-  const found = path === "/" || path === `/${nameOf(site.path)}` ? find(site.path) : undefined;
+function findRootFile(path: string, evidence: Evidence): Resource | undefined {
+  const { site } = evidence;
+  const found = path === "/" || path === `/${nameOf(site.path)}` ? look(evidence, site.path) : undefined;
   return found?.info.isFile ? fileResource(site.path, found, evidence) : undefined;
 }
 
-function findBelow(exchange: Exchange, site: Site, path: string, evidence: Evidence, find: Find): Resource | undefined {
-  const { server, head } = exchange;
+/** What a path below ROOT leads to; `encoded` is the path as it came. */
+function findBelow(path: string, encoded: string, evidence: Evidence): Resource | undefined {
+  const { site } = evidence, find = (path: string) => look(evidence, path);
   const segments = removeDotSegments(path), isFolder = /(?:^|\/)\.{0,2}$/.test(path);
-  if (segments.some((name) => IMPOSSIBLE_NAME.test(name)) || isHidden(server, segments)) return undefined;
+  if (segments.some((name) => IMPOSSIBLE_NAME.test(name)) || isHidden(site, segments)) return undefined;
   const target = pathBelow(site, ...segments), found = find(target);
   // A link, or a short name on Windows, may stand for a name that is hidden.
-  if (found !== undefined && isHidden(server, namesBelow(site, found.real))) return undefined;
+  if (found !== undefined && isHidden(site, namesBelow(site, found.real))) return undefined;
   if (found?.info.isFile && !isFolder) return fileResource(target, found, evidence);
   if (!found?.info.isDirectory) {
     const page = found === undefined && !isFolder ? find(`${target}.html`) : undefined;
     return page?.info.isFile ? fileResource(`${target}.html`, page, evidence) : undefined;
   }
   // Relative, so that it stays on this host, and behind a prefix that a proxy takes away.
-  if (!isFolder) return { kind: "redirect", location: `./${encodeURIComponent(lastSegment(path, head.path))}/` };
+  if (!isFolder) return { kind: "redirect", location: `./${encodeURIComponent(lastSegment(path, encoded))}/` };
   const index = pathBelow(site, ...segments, "index.html"), foundIndex = find(index);
   if (foundIndex?.info.isFile) return fileResource(index, foundIndex, evidence);
   return { kind: "folder", path: found.real, segments };
@@ -1979,8 +1979,9 @@ function removeDotSegments(path: string): string[] {
 }
 
 /** Names that begin with a dot are not served, unless asked for; but see RFC 8615. */
-function isHidden({ settings }: HttpServer, names: readonly string[]): boolean {
-  return !settings.dotfiles && names.some((name, i) => name.startsWith(".") && (i > 0 || name !== ".well-known"));
+function isHidden({ server }: Site, names: readonly string[]): boolean {
+  return !server.settings.dotfiles &&
+    names.some((name, i) => name.startsWith(".") && (i > 0 || name !== ".well-known"));
 }
 
 /** The names that lead from ROOT to a path without links. */
@@ -2019,6 +2020,9 @@ interface FileFound {
   /** Large text: where in what is sent each piece begins, by charset. */
   readonly conversions: Map<string, Conversion>;
 }
+
+/** As much of a file as decides what it is. */
+type NamedFile = Pick<FileFound, "path" | "name" | "size">;
 
 function fileResource(path: string, { real, info }: Found, evidence: Evidence, status: 200 | 404 = 200): Resource {
   return { kind: "file", file: describeFile(real, nameOf(path), info, evidence), status };
@@ -2370,6 +2374,8 @@ interface Nature {
 
 /** A file as it will be sent: in which charset and coding, and whose bytes. */
 interface Variant {
+  readonly file: FileFound;
+  readonly nature: Nature;
   readonly encoding: string | undefined;
   /** The charset to declare: `encoding`, if that is sure enough. */
   readonly label: string | undefined;
@@ -2394,11 +2400,11 @@ const keyOf = ({ encoding, label, hasMark, coding }: Variant) =>
 
 /** The response to a request for a file that has to be read, or waited for. */
 async function loadFile(exchange: Exchange, found: FileFound, status: 200 | 404): Promise<Message> {
-  const { file, bytes } = await readShared(exchange.server, found);
-  const nature = file.nature ??= await natureOf(exchange.server, file, bytes);
+  const { file, bytes } = await readShared(found);
+  const nature = file.nature ??= await natureOf(file.evidence.site, file, bytes);
   const selected = select(exchange, file, nature);
   const isBeside = selected.source !== file, isSettled = file.isSettled;
-  const source = isBeside ? await readShared(exchange.server, selected.source).catch(() => undefined) : { file, bytes };
+  const source = isBeside ? await readShared(selected.source).catch(() => undefined) : { file, bytes };
   if (source === undefined) {
     // It is going, or coming: without it, then.
     file.siblings.set(selected.coding!, undefined);
@@ -2406,12 +2412,12 @@ async function loadFile(exchange: Exchange, found: FileFound, status: 200 | 404)
   }
   const variant = { ...selected, source: source.file };
   if (variant.source.size > BUFFERED_LIMIT) {
-    return reply(exchange, streamedMessage(exchange, file, nature, variant), status);
+    return reply(exchange, streamedMessage(variant), status);
   }
   const key = keyOf(variant);
   let message = file.variants.get(key);
   if (message === undefined) {
-    message = wholeMessage(exchange, file, nature, variant, source.bytes);
+    message = wholeMessage(variant, source.bytes);
     // Whoever comes meanwhile waits for it, too. What may change unseen is made anew each time.
     file.variants.set(key, message);
     message.then(
@@ -2425,20 +2431,21 @@ async function loadFile(exchange: Exchange, found: FileFound, status: 200 | 404)
 function keep({ variants, evidence }: FileFound, key: string, message: WholeMessage): void {
   variants.set(key, message);
   // Head and content are kept in one piece, too.
-  evidence.places.grow(evidence.key, 2 * message.content.length + PLACE_SIZE);
+  evidence.site.places.grow(evidence.key, 2 * message.content.length + PLACE_SIZE);
 }
 
 /** Which representation of a file answers a request (RFC 9110 §12.1, "proactive negotiation"). */
-function select(exchange: Exchange, file: FileFound, { type, encoding: stored, isSure, coding: own }: Nature): Variant {
+function select(exchange: Exchange, file: FileFound, nature: Nature): Variant {
+  const { type, encoding: stored, isSure, coding: own } = nature;
   const rule = charsetRule(type), wanted = rule === "any" ? exchange.selectedCharset : isSure ? "utf-8" : undefined;
   const encoding = stored === undefined ? undefined : wanted ?? stored;
   const label = isSure || wanted !== undefined ? encoding : undefined;
   const hasMark = encoding !== undefined && encoding.startsWith("utf-") && asksForMark(exchange);
-  const variant = { encoding, label, hasMark, source: file };
+  const variant = { file, nature, encoding, label, hasMark, source: file };
   if (own !== undefined) return { ...variant, encoding: stored, coding: own };
   const accepted = acceptedCodings(exchange.header("accept-encoding"));
   for (const coding of encoding === stored && !hasMark ? accepted : []) {
-    const source = siblingOf(exchange.server, file, coding);
+    const source = siblingOf(file, coding);
     if (source !== undefined) return { ...variant, coding, source };
   }
   const isWorthwhile = isCompressible(type) && file.size >= COMPRESSION_LEAST && file.size <= BUFFERED_LIMIT;
@@ -2457,12 +2464,12 @@ function ownCoding(accepted: readonly Coding[], size: number): Coding | undefine
 }
 
 /** The compressed file beside one, if it is not older. */
-function siblingOf(server: HttpServer, file: FileFound, coding: Coding): FileFound | undefined {
+function siblingOf(file: FileFound, coding: Coding): FileFound | undefined {
   if (file.siblings.has(coding)) return file.siblings.get(coding);
-  const path = file.path + (coding === "br" ? ".br" : ".gz"), site = server.site();
-  const found = site.isFile ? undefined : look(server, site, file.evidence, path);
+  const path = file.path + (coding === "br" ? ".br" : ".gz"), { evidence } = file;
+  const found = evidence.site.isFile ? undefined : look(evidence, path);
   const isFresh = found?.info.isFile && (found.info.mtime?.getTime() ?? 0) >= (file.info.mtime?.getTime() ?? 0);
-  const sibling = isFresh ? describeFile(found.real, nameOf(path), found.info, file.evidence) : undefined;
+  const sibling = isFresh ? describeFile(found.real, nameOf(path), found.info, evidence) : undefined;
   file.siblings.set(coding, sibling);
   return sibling;
 }
@@ -2470,12 +2477,10 @@ function siblingOf(server: HttpServer, file: FileFound, coding: Coding): FileFou
 const tagOf = ({ tag, digest }: FileFound) => digest === undefined ? tag : `${tag}.${digest}`;
 
 /** What a response for a file says of it. */
-function describeVariant(server: HttpServer, file: FileFound, nature: Nature, variant: Variant) {
-  const { type, encoding: stored } = nature, { encoding, label, hasMark, coding, source } = variant;
-  const { settings } = server;
-  const conversion = isAsStored(nature, variant)
-    ? ""
-    : `-${stored}.${encoding}${hasMark ? "+" : "."}${settings.unmappable[0]}`;
+function describeVariant(variant: Variant) {
+  const { file, nature, encoding, label, hasMark, coding, source } = variant, { type, encoding: stored } = nature;
+  const { settings } = file.evidence.site.server;
+  const conversion = isAsStored(variant) ? "" : `-${stored}.${encoding}${hasMark ? "+" : "."}${settings.unmappable[0]}`;
   const etag = `"${tagOf(file)}${conversion}${coding ? `-${coding}` : ""}${
     source === file ? "" : `-${tagOf(source)}`
   }"`;
@@ -2493,17 +2498,11 @@ function describeVariant(server: HttpServer, file: FileFound, nature: Nature, va
 }
 
 /** A small file, as it will be sent. */
-async function wholeMessage(
-  { server }: Exchange,
-  file: FileFound,
-  nature: Nature,
-  variant: Variant,
-  bytes: Uint8Array<ArrayBuffer>,
-): Promise<WholeMessage> {
-  const described = describeVariant(server, file, nature, variant), kept = { date: "", composed: [] };
-  if (variant.source !== file) return { ...described, content: bytes, kept };
-  const { coding } = variant;
-  const make = () => isAsStored(nature, variant) ? { bytes, lost: 0 } : convert(server, nature, variant, bytes);
+async function wholeMessage(variant: Variant, bytes: Uint8Array<ArrayBuffer>): Promise<WholeMessage> {
+  const { file, nature, source, coding } = variant;
+  const described = describeVariant(variant), kept = { date: "", composed: [] };
+  if (source !== file) return { ...described, content: bytes, kept };
+  const make = () => isAsStored(variant) ? { bytes, lost: 0 } : convert(variant, bytes);
   if (coding === undefined || coding === nature.coding) {
     const { bytes: content, lost } = make();
     return { ...described, content, lost, kept };
@@ -2512,15 +2511,20 @@ async function wholeMessage(
 }
 
 /** Whether a file's bytes are sent as they are, but for their coding. */
-function isAsStored(nature: Nature, { encoding, hasMark }: Variant): boolean {
+function isAsStored({ nature, encoding, hasMark }: Variant): boolean {
   return encoding === nature.encoding && !hasMark;
 }
 
 /** Decodes, corrects the declaration inside, encodes. */
-function convert(server: HttpServer, { type, encoding: stored }: Nature, variant: Variant, bytes: Uint8Array): Encoded {
-  const text = rewriteDeclarations(decodeText(bytes, stored!), type, variant.encoding!);
-  const mode = unmappableFor(server.settings.unmappable, type);
-  return encodeText(variant.hasMark ? `\ufeff${text}` : text, variant.encoding!, mode);
+function convert(variant: Variant, bytes: Uint8Array): Encoded {
+  const { nature: { type, encoding: stored }, encoding, hasMark } = variant;
+  const text = rewriteDeclarations(decodeText(bytes, stored!), type, encoding!);
+  return encodeText(hasMark ? `\ufeff${text}` : text, encoding!, errorModeOf(variant));
+}
+
+/** What becomes of characters that the charset lacks. */
+function errorModeOf({ file, nature }: Variant): Unmappable {
+  return unmappableFor(file.evidence.site.server.settings.unmappable, nature.type);
 }
 
 /** `auto` writes character references where they mean the character, and question marks elsewhere. */
@@ -2537,15 +2541,16 @@ function reply(exchange: Exchange, message: Message, status: 200 | 404): Message
 }
 
 /** What a file is: by its name, and by what is in it where the name does not say enough. */
-async function natureOf(server: HttpServer, file: FileFound, sample: Uint8Array): Promise<Nature> {
-  const { type: named, coding } = typeOfName(file.name, server.settings.type), type = typeOfContent(named, sample);
+async function natureOf(site: Site, file: NamedFile, sample: Uint8Array): Promise<Nature> {
+  const { settings, log } = site.server;
+  const { type: named, coding } = typeOfName(file.name, settings.type), type = typeOfContent(named, sample);
   if (coding !== undefined || charsetRule(type) === "none") return { type, encoding: undefined, isSure: false, coding };
-  const partial = file.size > sample.length, { sourceCharset } = server.settings;
+  const partial = file.size > sample.length, { sourceCharset } = settings;
   const said = saidEncoding(sample, type, partial) ??
     (sourceCharset !== "auto" && isValid(sample, sourceCharset, partial) ? sourceCharset : undefined);
   if (said !== undefined) return { type, encoding: said, isSure: true };
-  const { encoding, isSure } = detectedEncoding(sample, await neighbourHints(server, parentOf(file.path)), partial);
-  server.log.detection(file.path, encoding, isSure);
+  const { encoding, isSure } = detectedEncoding(sample, await neighbourHints(site, parentOf(file.path)), partial);
+  log.detection(file.path, encoding, isSure);
   return { type, encoding, isSure };
 }
 
@@ -2557,19 +2562,19 @@ const NEIGHBOURS = 12, NEIGHBOUR_ENTRIES = 500, NEIGHBOUR_SAMPLE = 16 * 1024;
 const NEIGHBOURS_TIME = 10_000;
 
 /** What the files of a folder, and ROOT's index, are in, as far as they say so or it is clear: a server knows the whole site. */
-function neighbourHints(server: HttpServer, folder: string): Promise<ReadonlyMap<string, number>> {
-  const { hints } = server.site(), known = hints.get(folder), now = Date.now();
+function neighbourHints(site: Site, folder: string): Promise<ReadonlyMap<string, number>> {
+  const { hints } = site, known = hints.get(folder), now = Date.now();
   if (known !== undefined && now - known.since < NEIGHBOURS_TIME && now >= known.since) return known.found;
-  const found = findHints(server, folder).catch((): ReadonlyMap<string, number> => new Map());
+  const found = findHints(site, folder).catch((): ReadonlyMap<string, number> => new Map());
   hints.set(folder, { since: now, found }, PLACE_SIZE);
   return found;
 }
 
-async function findHints(server: HttpServer, folder: string): Promise<ReadonlyMap<string, number>> {
-  const site = server.site(), paths = new Set(site.isFile ? [] : [pathBelow(site, "index.html")]);
+async function findHints(site: Site, folder: string): Promise<ReadonlyMap<string, number>> {
+  const paths = new Set(site.isFile ? [] : [pathBelow(site, "index.html")]);
   let entries = 0;
   for await (const { name, isFile } of site.isFile ? [] : Deno.readDir(folder)) {
-    const type = typeOfExtension(name, server.settings.type);
+    const type = typeOfExtension(name, site.server.settings.type);
     if (isFile && !name.startsWith(".") && type !== undefined && charsetRule(type) === "any") {
       paths.add(pathBelow({ path: folder }, name));
     }
@@ -2577,7 +2582,7 @@ async function findHints(server: HttpServer, folder: string): Promise<ReadonlyMa
   }
   const votes = new Map<string, number>();
   for (const path of paths) {
-    const encoding = await glance(server, path).catch(() => undefined);
+    const encoding = await glance(site, path).catch(() => undefined);
     if (encoding !== undefined && encoding !== "utf-8") votes.set(encoding, (votes.get(encoding) ?? 0) + 1);
   }
   const most = Math.max(...votes.values());
@@ -2585,19 +2590,19 @@ async function findHints(server: HttpServer, folder: string): Promise<ReadonlyMa
 }
 
 /** What a file is in, if it says so, or if it is clear from its beginning. */
-async function glance(server: HttpServer, path: string): Promise<string | undefined> {
-  using file = await openFile(server, path);
+async function glance(site: Site, path: string): Promise<string | undefined> {
+  using file = await openFile(site, path);
   const buffer = new Uint8Array(NEIGHBOUR_SAMPLE), length = file.read(buffer, 0);
   const sample = buffer.subarray(0, length), partial = length === buffer.length;
-  const said = saidEncoding(sample, typeOfExtension(path, server.settings.type) ?? "text/plain", partial);
+  const said = saidEncoding(sample, typeOfExtension(path, site.server.settings.type) ?? "text/plain", partial);
   if (said !== undefined) return said === "gb18030" ? "gbk" : said;
   const { encoding, isSure } = detectedEncoding(sample, new Map(), partial);
   return isSure ? encoding : undefined;
 }
 
 /** A file's bytes, or the beginning of a large one; whoever needs them at the same time shares them. */
-function readShared(server: HttpServer, file: FileFound): Promise<Opened> {
-  return file.reading ??= readFile(server, file).finally(() => file.reading = undefined);
+function readShared(file: FileFound): Promise<Opened> {
+  return file.reading ??= readFile(file).finally(() => file.reading = undefined);
 }
 
 /** A file as it was when it was opened, and its bytes, or the beginning of a large one. */
@@ -2609,11 +2614,11 @@ interface Opened {
 /** How often a file that is being written over is read anew, and how long is waited between, in milliseconds. */
 const READ_ATTEMPTS = 5, READ_PAUSE = 5;
 
-async function readFile(server: HttpServer, found: FileFound): Promise<Opened> {
+async function readFile(found: FileFound): Promise<Opened> {
   for (let attempt = 0; attempt < READ_ATTEMPTS; attempt++) {
     if (attempt > 0) await pause(READ_PAUSE);
     const now = Date.now();
-    using opened = await openFile(server, found.path);
+    using opened = await openFile(found.evidence.site, found.path);
     const info = opened.stat();
     const file = isSameState(info, found.info) ? found : describeFile(found.path, found.name, info, found.evidence);
     const bytes = new Uint8Array(Math.min(file.size, BUFFERED_LIMIT)), length = opened.read(bytes, 0);
@@ -2668,7 +2673,7 @@ async function isUntouched(file: OpenFile, opened: FileInfo, path: string): Prom
 const fileChanged = () => new HttpError(503, "The file is being written", [["Retry-After", "1"]]);
 
 /** Opens a file of the site: what is opened was reached without a link, however fast somebody swaps folders and links. */
-async function openFile({ settings }: HttpServer, path: string): Promise<OpenFile> {
+async function openFile({ server: { settings } }: Site, path: string): Promise<OpenFile> {
   for (let attempt = 0; attempt < READ_ATTEMPTS; attempt++) {
     const file = await openNow(path), info = file?.stat();
     if (file === undefined || info === undefined) break;
@@ -2765,19 +2770,17 @@ function isReached(path: string, isIt: (info: FileInfo) => boolean): boolean {
 }
 
 /** A file that is too large to be kept. */
-function streamedMessage({ server }: Exchange, file: FileFound, nature: Nature, variant: Variant): StreamMessage {
-  const content = isAsStored(nature, variant)
-    ? streamFile(server, variant.source)
-    : streamConverted(server, file, nature, variant);
-  return { ...describeVariant(server, file, nature, variant), content };
+function streamedMessage(variant: Variant): StreamMessage {
+  const content = isAsStored(variant) ? streamFile(variant.source) : streamConverted(variant);
+  return { ...describeVariant(variant), content };
 }
 
 /** A large file, as it is, as long as it was when it was looked at. */
-function streamFile(server: HttpServer, source: FileFound, pieceSize: number = PIECE_SIZE): Stream {
+function streamFile(source: FileFound, pieceSize: number = PIECE_SIZE): Stream {
   return {
     length: source.size,
     async *read(start = 0, end = Infinity) {
-      using file = await openFile(server, source.path);
+      using file = await openFile(source.evidence.site, source.path);
       const info = file.stat();
       if (!isSameFile(info, source.info) || info.size < source.size) throw fileChanged();
       const buffer = new Uint8Array(pieceSize), last = Math.min(end, source.size);
@@ -2796,27 +2799,28 @@ function streamFile(server: HttpServer, source: FileFound, pieceSize: number = P
 interface Conversion {
   length: number | undefined;
   /** Offsets in the file, and in what is sent: pieces from there on can be converted without those before. */
-  readonly checkpoints: { readonly from: number; readonly to: number }[];
+  readonly checkpoints: Checkpoint[];
+}
+
+interface Checkpoint {
+  readonly from: number;
+  readonly to: number;
 }
 
 /**
  * A large text file, decoded and encoded piece by piece. How long that becomes is known once somebody has got all of
  * it; until then, parts of it cannot be had (RFC 9110 §14.2 lets us send the whole).
  */
-function streamConverted(server: HttpServer, file: FileFound, nature: Nature, variant: Variant): Stream {
-  const key = keyOf(variant);
-  let conversion = file.conversions.get(key);
-  if (conversion === undefined) {
-    conversion = { length: undefined, checkpoints: [{ from: 0, to: 0 }] };
-    file.conversions.set(key, conversion);
-  }
-  const { length, checkpoints } = conversion;
+function streamConverted(variant: Variant): Stream {
+  const key = keyOf(variant), { conversions } = variant.file;
+  const conversion = conversions.get(key) ?? { length: undefined, checkpoints: [{ from: 0, to: 0 }] };
+  conversions.set(key, conversion);
   return {
-    length,
+    length: conversion.length,
     async *read(start = 0, end = Infinity) {
-      const { from, to } = checkpoints.findLast(({ to }) => to <= start)!;
-      let at = to;
-      for await (const piece of convertPieces(server, file, nature, variant, conversion, from, to)) {
+      const checkpoint = conversion.checkpoints.findLast(({ to }) => to <= start)!;
+      let at = checkpoint.to;
+      for await (const piece of convertPieces(variant, conversion, checkpoint)) {
         const part = piece.subarray(Math.max(0, start - at), Math.max(0, end - at));
         at += piece.length;
         if (part.length > 0) yield part;
@@ -2828,21 +2832,17 @@ function streamConverted(server: HttpServer, file: FileFound, nature: Nature, va
 
 /** Converts a file from one of its checkpoints on, and notes those that come. */
 async function* convertPieces(
-  server: HttpServer,
-  file: FileFound,
-  nature: Nature,
   variant: Variant,
   conversion: Conversion,
-  from: number,
-  to: number,
+  { from, to }: Checkpoint,
 ): AsyncGenerator<Uint8Array> {
-  const stored = nature.encoding!, encoding = variant.encoding!, { type } = nature;
-  const mode = unmappableFor(server.settings.unmappable, type), mark = variant.hasMark ? "\ufeff" : "";
+  const { file, nature } = variant, stored = nature.encoding!, encoding = variant.encoding!, { type } = nature;
+  const mode = errorModeOf(variant), mark = variant.hasMark ? "\ufeff" : "";
   const decoder = new TextDecoder(stored), carry: Carry = { state: ASCII, isLast: false };
   // Behind a line feed, an ASCII byte in all these, a decoder begins anew, and so does an encoder; but see ISO-2022-JP.
   const isSeekable = !/^(?:utf-16|iso-2022)/.test(stored) && encoding !== "iso-2022-jp";
   let rest = new Uint8Array(), read = from, sent = to;
-  for await (const piece of streamFile(server, file, CONVERTED_PIECE).read(from)) {
+  for await (const piece of streamFile(file, CONVERTED_PIECE).read(from)) {
     await workTurn();
     const isLast = (read += piece.length) >= file.size, bytes = rest.length > 0 ? concat([rest, piece]) : piece;
     const lineEnd = isLast || !isSeekable ? bytes.length : bytes.lastIndexOf(LF) + 1;
@@ -4839,7 +4839,7 @@ function representFolder(exchange: Exchange, folder: FolderFound): Message | Pro
 
 /** A listing, as a page, or as JSON for those who prefer it. Its validator is made of what it shows. */
 async function listFolder(exchange: Exchange, folder: FolderFound, asked: ListingQuery): Promise<Message> {
-  const { server } = exchange, { entries, count } = await readPage(server, folder.path, asked);
+  const { entries, count } = await readPage(exchange.server.site(), folder.path, asked);
   const pages = Math.max(1, Math.ceil(count / LISTING_PAGE));
   if (asked.page > pages) throw new HttpError(404, `This folder has no page ${asked.page}`);
   const body = prefersJson(exchange)
@@ -4871,12 +4871,11 @@ function describeForPrograms({ name, isFolder, size, time }: FolderEntry) {
 }
 
 /** The entries of one page, and how many the folder has, which was reached without a link. Throws 404 or 503. */
-async function readPage(server: HttpServer, path: string, asked: ListingQuery) {
-  const site = server.site();
+async function readPage(site: Site, path: string, asked: ListingQuery) {
   for (let attempt = 0; attempt < LISTING_ATTEMPTS; attempt++) {
-    const folder = statOf(path), listed = await readFolder(server, site, path).catch(absence);
+    const folder = statOf(path), listed = await readFolder(site, path).catch(absence);
     if (folder === undefined || listed === undefined) throw new HttpError(404, "It is not there any more");
-    const entries = await describePage(server, site, path, listed, asked);
+    const entries = await describePage(path, listed, asked);
     // If the folder was swapped for a link meanwhile, nothing from elsewhere may be shown.
     const shown = entries.filter(({ name }) => !listed.links.has(name));
     const isShown = (found: FileInfo) => {
@@ -4884,7 +4883,7 @@ async function readPage(server: HttpServer, path: string, asked: ListingQuery) {
       return entry === undefined ? isSameFile(found, folder) : info !== undefined && isSameFile(info, entry.info);
     };
     const count = listed.folders.length + listed.files.length;
-    if (server.settings.followLinks || isReached(path, isShown)) return { entries, count };
+    if (site.server.settings.followLinks || isReached(path, isShown)) return { entries, count };
   }
   throw new HttpError(503, "What is in this folder is changing", [["Retry-After", "1"]]);
 }
@@ -4897,21 +4896,22 @@ interface Listed {
 }
 
 /** What is in a folder, and may be shown. */
-async function readFolder(server: HttpServer, site: Site, path: string): Promise<Listed> {
+async function readFolder(site: Site, path: string): Promise<Listed> {
+  const { settings, log } = site.server;
   const folders: string[] = [], files: string[] = [], links = new Map<string, FolderEntry>();
   let count = 0, unreadable = 0;
   for await (const { name, isFile, isDirectory, isSymlink } of Deno.readDir(path)) {
-    if (!server.settings.dotfiles && name.startsWith(".")) continue;
+    if (!settings.dotfiles && name.startsWith(".")) continue;
     // Links may lead anywhere: only a look tells. Other names are looked at when they are shown.
-    const entry = isSymlink ? describeEntry(server, site, path, name, true) : undefined;
+    const entry = isSymlink ? describeLink(site, pathBelow({ path }, name)) : undefined;
     if (isSymlink && ++count % LISTING_SLICE === 0) await workTurn();
-    if (name.includes("\ufffd") && statOf(pathBelow({ ...site, path }, name)) === undefined) unreadable++;
+    if (name.includes("\ufffd") && statOf(pathBelow({ path }, name)) === undefined) unreadable++;
     else if (isDirectory || entry?.isFolder) folders.push(name);
     else if (isFile || entry !== undefined) files.push(name);
     if (entry !== undefined) links.set(name, entry);
   }
   if (unreadable > 0) {
-    server.log.line(`names that are not UTF-8 cannot be served: ${unreadable} in ${path} (convmv renames them)`);
+    log.line(`names that are not UTF-8 cannot be served: ${unreadable} in ${path} (convmv renames them)`);
   }
   return { folders: await sortNames(folders), files: await sortNames(files), links };
 }
@@ -4944,13 +4944,13 @@ function mergeSorted(a: readonly string[], b: readonly string[], compare: (a: st
 }
 
 /** The entries of one page. Only an order by size or time needs to look at all of them. */
-async function describePage(server: HttpServer, site: Site, path: string, listed: Listed, asked: ListingQuery) {
+async function describePage(path: string, listed: Listed, asked: ListingQuery) {
   const { sort, descending, page } = asked, { folders, files, links } = listed, entries: FolderEntry[] = [];
   const onPage = <T>(list: readonly T[]) => list.slice((page - 1) * LISTING_PAGE, page * LISTING_PAGE);
   const names = [folders, files].flatMap((names) => sort === "name" && descending ? names.toReversed() : names);
   for (const [i, name] of (sort === "name" ? onPage(names) : names).entries()) {
     if (i % LISTING_SLICE === LISTING_SLICE - 1) await workTurn();
-    const entry = links.get(name) ?? describeEntry(server, site, path, name, false);
+    const entry = links.get(name) ?? describeEntry(pathBelow({ path }, name));
     if (entry !== undefined) entries.push(entry);
   }
   if (sort === "name") return entries;
@@ -4958,18 +4958,20 @@ async function describePage(server: HttpServer, site: Site, path: string, listed
   return onPage(entries.sort((a, b) => Number(b.isFolder) - Number(a.isFolder) || sign * (a[sort] - b[sort])));
 }
 
-/** A file or folder of a listing; undefined for what is neither, is gone, is hidden, or lies outside ROOT. */
-function describeEntry(
-  server: HttpServer,
-  site: Site,
-  folder: string,
-  name: string,
-  isLink: boolean,
-): FolderEntry | undefined {
+/** A file or folder that no link leads to; undefined for what is neither, or is gone. */
+function describeEntry(path: string): FolderEntry | undefined {
   try {
-    const path = pathBelow({ ...site, path: folder }, name), real = isLink ? Deno.realPathSync(path) : path;
-    if (isLink && (!isInside(server, site, real) || isHidden(server, namesBelow(site, real)))) return undefined;
-    return entryOf(name, real, Deno.lstatSync(real));
+    return entryOf(nameOf(path), path, Deno.lstatSync(path));
+  } catch {
+    return undefined;
+  }
+}
+
+/** What a link leads to, under the link's name; undefined for what is gone, is hidden, or lies outside ROOT. */
+function describeLink(site: Site, path: string): FolderEntry | undefined {
+  try {
+    const real = Deno.realPathSync(path), isShown = isInside(site, real) && !isHidden(site, namesBelow(site, real));
+    return isShown ? entryOf(nameOf(path), real, Deno.lstatSync(real)) : undefined;
   } catch {
     return undefined;
   }
@@ -5103,7 +5105,6 @@ interface SearchQuery {
 
 /** A search that goes on: what it is about, and what it has seen. */
 interface Search {
-  readonly server: HttpServer;
   readonly site: Site;
   readonly words: readonly string[];
   readonly inText: boolean;
@@ -5145,7 +5146,7 @@ function searchMessage(exchange: Exchange, folder: FolderFound, query: SearchQue
   const type = contentType(isJson ? "application/json" : "text/html", charset, exchange.server.settings.declare);
   const fields: Field[] = [["Content-Type", type], ...Object.entries(PAGE_FIELDS)];
   if (!isJson) addVary(fields, "Accept-Charset");
-  const search = { server: exchange.server, site: exchange.server.site(), ...query };
+  const search = { site: exchange.server.site(), ...query };
   const form = isJson ? jsonResults() : pageResults(exchange, folder, query);
   const read = () => searchPieces(search, folder.path, form, charset);
   return { status: 200, fields, charset, isListing: true, content: { length: undefined, read } };
@@ -5160,7 +5161,7 @@ interface ResultForm {
 
 /** The bytes of an answer, as they come. */
 async function* searchPieces(
-  asked: Pick<Search, "server" | "site" | "words" | "inText">,
+  asked: Pick<Search, "site" | "words" | "inText">,
   folder: string,
   form: ResultForm,
   charset: string,
@@ -5221,39 +5222,33 @@ function stopReason({ results, started }: Search): string | undefined {
  * whoever asks can say that it goes on. Each folder is looked into once, whatever links lead to it.
  */
 async function* searchBelow(search: Search, root: string): AsyncGenerator<Hit | undefined> {
-  const { server, site } = search, folders = new Map<string, readonly string[]>([[root, []]]);
+  const { site } = search, folders = new Map<string, readonly string[]>([[root, []]]);
   for (const [folder, path] of folders) {
     // What cannot be read is passed over.
-    const listed = await readFolder(server, site, folder).catch(() => undefined);
+    const listed = await readFolder(site, folder).catch(() => undefined);
     if (listed === undefined) continue;
     for (const [i, name] of [...listed.folders, ...listed.files].entries()) {
       if (stopReason(search) !== undefined) return;
       const isFolder = i < listed.folders.length, below = [...path, name], link = listed.links.get(name);
-      const real = link?.real ?? pathBelow({ ...site, path: folder }, name);
+      const real = link?.real ?? pathBelow({ path: folder }, name);
       if (isFolder && !folders.has(real)) folders.set(real, below);
       if (++search.names % LISTING_SLICE === 0) await workTurn();
       const hit = search.inText && !isFolder ? await searchText(search, below, real) : undefined;
-      yield hit ?? searchName(search, below, real, link);
+      yield hit ?? searchName(search, below, link ?? real);
     }
   }
 }
 
 /** What is found by its name, if that has all the words. */
-function searchName(
-  { server, words }: Search,
-  path: readonly string[],
-  real: string,
-  link: FolderEntry | undefined,
-): Hit | undefined {
-  const name = path.at(-1)!;
-  if (!hasAll(fold(name), words)) return undefined;
-  const info = link?.info ?? statOf(real), entry = info && entryOf(name, real, info);
-  return entry && isThere(server, entry) ? { path, entry } : undefined;
+function searchName({ site, words }: Search, path: readonly string[], at: FolderEntry | string): Hit | undefined {
+  if (!hasAll(fold(path.at(-1)!), words)) return undefined;
+  const entry = typeof at === "string" ? describeEntry(at) : at;
+  return entry && isThere(site, entry) ? { path, entry } : undefined;
 }
 
 /** Whether something found is in its place, and no link led there while it was looked at. */
-function isThere({ settings }: HttpServer, { real, info }: FolderEntry): boolean {
-  return settings.followLinks || isReached(real, (found) => isSameFile(found, info));
+function isThere({ server }: Site, { real, info }: FolderEntry): boolean {
+  return server.settings.followLinks || isReached(real, (found) => isSameFile(found, info));
 }
 
 function hasAll(folded: string, words: readonly string[]): boolean {
@@ -5262,7 +5257,7 @@ function hasAll(folded: string, words: readonly string[]): boolean {
 
 /** What is found in the text of a file, if that has all the words. What cannot be read is passed over. */
 async function searchText(search: Search, path: readonly string[], real: string): Promise<Hit | undefined> {
-  const name = path.at(-1)!, { type } = typeOfName(name, search.server.settings.type);
+  const name = path.at(-1)!, { type } = typeOfName(name, search.site.server.settings.type);
   // What is no text by its name is not even opened.
   if (type !== undefined && type !== "video/mp2t" && charsetRule(type) === "none") return undefined;
   try {
@@ -5272,14 +5267,11 @@ async function searchText(search: Search, path: readonly string[], real: string)
     if (file === undefined || entry === undefined || entry.isFolder) return undefined;
     if (entry.size > SEARCHED_FILE) search.large++;
     const line = entry.size > SEARCHED_FILE ? undefined : await findLine(search, file, entry);
-    return line && isThere(search.server, entry) ? { path, entry, line } : undefined;
+    return line && isThere(search.site, entry) ? { path, entry, line } : undefined;
   } catch {
     return undefined;
   }
 }
-
-/** For files that are only searched: nothing is kept of them. */
-const NO_EVIDENCE: Evidence = { key: "", places: new Cache(0), looks: [], since: 0, looked: 0, changed: 0 };
 
 async function findLine(
   search: Search,
@@ -5288,13 +5280,12 @@ async function findLine(
 ): Promise<TextLine | undefined> {
   const sample = new Uint8Array(Math.min(info.size, BUFFERED_LIMIT));
   const length = file.read(sample, 0);
-  const found = describeFile(real, name, info, NO_EVIDENCE);
   if (info.size <= BUFFERED_LIMIT && !mayHaveLetters(sample, search.letters)) {
     search.files++;
     search.bytes += length;
     return undefined;
   }
-  const nature = await natureOf(search.server, found, sample.subarray(0, length));
+  const nature = await natureOf(search.site, { path: real, name, size: info.size }, sample.subarray(0, length));
   if (nature.coding !== undefined || charsetRule(nature.type) === "none") return undefined;
   search.files++;
   const scan: Scan = { missing: new Set(search.words), lines: 0, line: undefined, most: 0 };
