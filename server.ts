@@ -2364,6 +2364,8 @@ class Cache<V> {
 interface Nature {
   /** Media type. */
   readonly type: string;
+  /** Which charsets that may be in. */
+  readonly rule: CharsetRule;
   /** What its text is stored in; undefined if that is unknown, or it is no text: then it is never converted. */
   readonly encoding: string | undefined;
   /** Whether that is sure enough for a label: it was said, or detected by a clear margin. */
@@ -2436,8 +2438,8 @@ function keep({ variants, evidence }: FileFound, key: string, message: WholeMess
 
 /** Which representation of a file answers a request (RFC 9110 §12.1, "proactive negotiation"). */
 function select(exchange: Exchange, file: FileFound, nature: Nature): Variant {
-  const { type, encoding: stored, isSure, coding: own } = nature;
-  const rule = charsetRule(type), wanted = rule === "any" ? exchange.selectedCharset : isSure ? "utf-8" : undefined;
+  const { type, rule, encoding: stored, isSure, coding: own } = nature,
+    wanted = rule === "any" ? exchange.selectedCharset : isSure ? "utf-8" : undefined;
   const encoding = stored === undefined ? undefined : wanted ?? stored;
   const label = isSure || wanted !== undefined ? encoding : undefined;
   const hasMark = encoding !== undefined && encoding.startsWith("utf-") && asksForMark(exchange);
@@ -2448,7 +2450,8 @@ function select(exchange: Exchange, file: FileFound, nature: Nature): Variant {
     const source = siblingOf(file, coding);
     if (source !== undefined) return { ...variant, coding, source };
   }
-  const isWorthwhile = isCompressible(type) && file.size >= COMPRESSION_LEAST && file.size <= BUFFERED_LIMIT;
+  const isWorthwhile = file.size >= COMPRESSION_LEAST && file.size <= BUFFERED_LIMIT &&
+    (rule !== "none" || COMPRESSIBLE_TYPE.test(type));
   return { ...variant, coding: isWorthwhile ? ownCoding(accepted, file.size) : undefined };
 }
 
@@ -2484,7 +2487,7 @@ function describeVariant(variant: Variant) {
   const etag = `"${tagOf(file)}${conversion}${coding ? `-${coding}` : ""}${
     source === file ? "" : `-${tagOf(source)}`
   }"`;
-  const vary = [charsetRule(type) === "any" && "Accept-Charset", nature.coding === undefined && "Accept-Encoding"];
+  const vary = [nature.rule === "any" && "Accept-Charset", nature.coding === undefined && "Accept-Encoding"];
   const fields: Field[] = [
     ["Content-Type", contentType(type, label, settings.declare)],
     ...(coding ? [["Content-Encoding", coding] as const] : []),
@@ -2544,14 +2547,15 @@ function reply(exchange: Exchange, message: Message, status: 200 | 404): Message
 async function natureOf(site: Site, file: NamedFile, sample: Uint8Array): Promise<Nature> {
   const { settings, log } = site.server;
   const { type: named, coding } = typeOfName(file.name, settings.type), type = typeOfContent(named, sample);
-  if (coding !== undefined || charsetRule(type) === "none") return { type, encoding: undefined, isSure: false, coding };
+  const rule = charsetRule(type);
+  if (coding !== undefined || rule === "none") return { type, rule, encoding: undefined, isSure: false, coding };
   const partial = file.size > sample.length, { sourceCharset } = settings;
   const said = saidEncoding(sample, type, partial) ??
     (sourceCharset !== "auto" && isValid(sample, sourceCharset, partial) ? sourceCharset : undefined);
-  if (said !== undefined) return { type, encoding: said, isSure: true };
+  if (said !== undefined) return { type, rule, encoding: said, isSure: true };
   const { encoding, isSure } = detectedEncoding(sample, await neighbourHints(site, parentOf(file.path)), partial);
   log.detection(file.path, encoding, isSure);
-  return { type, encoding, isSure };
+  return { type, rule, encoding, isSure };
 }
 
 /** Bits that speak for the charset that a file's neighbours are in. */
@@ -4602,12 +4606,10 @@ const COMPRESSIBLE_TYPE =
   /^(?:application\/(?:wasm|rtf|vnd\.ms-fontobject)|font\/(?:ttf|otf|collection)|image\/(?:bmp|vnd\.microsoft\.icon)|audio\/midi|model\/gltf-binary|message\/rfc822)$/;
 
 /** Which charsets a type may be in: any, UTF-8 alone, or none, since it is no text. */
-function charsetRule(type: string): "any" | "utf-8" | "none" {
-  return UTF8_TYPE.test(type) ? "utf-8" : TEXT_TYPE.test(type) ? "any" : "none";
-}
+type CharsetRule = "any" | "utf-8" | "none";
 
-function isCompressible(type: string): boolean {
-  return charsetRule(type) !== "none" || COMPRESSIBLE_TYPE.test(type);
+function charsetRule(type: string): CharsetRule {
+  return UTF8_TYPE.test(type) ? "utf-8" : TEXT_TYPE.test(type) ? "any" : "none";
 }
 
 /** The one place that makes a Content-Type. A `declare` of "none" claims nothing. */
@@ -5286,7 +5288,7 @@ async function findLine(
     return undefined;
   }
   const nature = await natureOf(search.site, { path: real, name, size: info.size }, sample.subarray(0, length));
-  if (nature.coding !== undefined || charsetRule(nature.type) === "none") return undefined;
+  if (nature.coding !== undefined || nature.rule === "none") return undefined;
   search.files++;
   const scan: Scan = { missing: new Set(search.words), lines: 0, line: undefined, most: 0 };
   for await (const block of blocksOf(search, piecesOf(file, info.size, sample.subarray(0, length)), nature)) {
