@@ -17,10 +17,10 @@
  * Reading this file downwards follows a request on its way:
  *
  * ```text
- * bytes → Connection.next → parseRequest → locate (a route or a file)
- *       → select (media type, charset, coding: what is sent, before anything is read)
- *       → evaluatePreconditions → readContent (decode → encode → code) → resolveRange
- *       → formatHead → Connection.write
+ * bytes → serveConnection → parseRequest → admit → locate (a route or a file)
+ *       → represent: select (media type, charset, coding), then what is kept of that,
+ *         or loadFile (read → decode → encode → code)
+ *       → evaluatePreconditions → resolveRange → formatHead → Connection.write
  * ```
  *
  * Run it:
@@ -66,6 +66,7 @@
  * @throws {Deno.errors.NotCapable} `--allow-net` is missing, or `--allow-read` for `root`.
  * @throws {Deno.errors.NotFound} `root` does not exist.
  * @throws {RangeError} A charset does not exist.
+ * @throws {TypeError} A field cannot be sent, credentials are not `name:password`, or `cert` and `key` are not both given.
  */
 export function serve(options: ServeOptions = {}): Server {
   return new HttpServer(options);
@@ -135,7 +136,7 @@ export interface ServeOptions {
   signal?: AbortSignal;
   /** Called with the address once connections are accepted. */
   onListen?: (address: Deno.Addr) => void;
-  /** Told of every error that a handler throws; what it returns answers the request, else 500. */
+  /** Told of what a handler throws, but for {@linkcode HttpError}; what it returns answers the request, else 500. */
   onError?: (error: unknown) => Content | void | Promise<Content | void>;
 }
 
@@ -228,7 +229,12 @@ class HttpServer implements Server {
     this.finished = this.#accept().then(() => this.#end());
     options.signal?.addEventListener("abort", () => void this.shutdown(), { once: true });
     if (options.signal?.aborted) void this.shutdown();
-    options.onListen?.(this.addr);
+    try {
+      options.onListen?.(this.addr);
+    } catch (error) {
+      void this.shutdown();
+      throw error;
+    }
   }
 
   /** ROOT, where its name leads now. Throws 503 if that is nowhere. */
@@ -364,12 +370,17 @@ function settingsOf(options: ServeOptions): Settings & { readonly root: string |
   const settings = { ...DEFAULTS, log: "none", root: undefined, ...Object.fromEntries(given) } as Settings & {
     root: string | undefined;
   };
-  const { charset, sourceCharset, header, declare } = settings;
+  const { charset, sourceCharset, header, declare, auth, cert, key } = settings;
   for (const [name, value] of header) {
     checkField(name, value);
     if (FRAMING_FIELDS.has(name.toLowerCase())) throw new TypeError(`The field ${name} is the server's to write`);
   }
   if (declare !== undefined) checkField("Content-Type", contentType("text/html", undefined, declare));
+  // An empty one, from a variable that is not set say, would let everybody in.
+  if (!auth.every((each) => CREDENTIALS.test(each))) throw new TypeError("auth: expected name:password, neither empty");
+  if ((cert === undefined) !== (key === undefined)) {
+    throw new TypeError("cert and key are of no use without each other");
+  }
   return {
     ...settings,
     charset: charset && encodingOf(charset),
@@ -596,6 +607,8 @@ class Connection implements Disposable {
   #readySize = 0;
   /** Fails the read or write that is under way. */
   #interrupt: (reason: Error) => void = () => {};
+  /** Ends the wait for a handler. */
+  #abandon: (reason: Error) => void = () => {};
 
   constructor(conn: Deno.Conn, clock: Clock, line: Line, number: number) {
     // An answer in several writes must not wait for the client to acknowledge the first (RFC 896).
@@ -710,6 +723,15 @@ class Connection implements Disposable {
     });
   }
 
+  /** What a handler gives, in its own time, unless the connection is closed before. */
+  unlessClosed<T>(result: Promise<T>): Promise<T> {
+    return new Promise((resolve, reject) => {
+      this.#abandon = reject;
+      if (this.ending === "closed") reject(disconnected());
+      result.then(resolve, reject);
+    });
+  }
+
   /** Adds to what is ready. Returns how much that is, in bytes. */
   push(bytes: Uint8Array): number {
     this.#ready.push(bytes);
@@ -777,6 +799,7 @@ class Connection implements Disposable {
     this.deadline = Infinity;
     this.#conn.close();
     this.#interrupt(disconnected());
+    this.#abandon(disconnected());
   }
 }
 
@@ -859,7 +882,8 @@ class RequestContent implements Disposable {
 
   /** Counts memory that content is about to take. */
   #hold(size: number): number {
-    if (contentInMemory + size > CONTENT_BUDGET) {
+    // However long one may be, there is room for one: its buffer grows to twice its length at most.
+    if (contentInMemory + size > Math.max(CONTENT_BUDGET, 2 * this.#limit + BUFFER_SIZE)) {
       throw new FramingError(503, "Too much content of other requests is in memory", [["Retry-After", "1"]]);
     }
     contentInMemory += size;
@@ -1248,6 +1272,7 @@ class Exchange implements Incoming {
   readonly #refusal: unknown;
   readonly #content: RequestContent | undefined;
   #bytes: Promise<Uint8Array<ArrayBuffer>> | undefined;
+  #path: string | undefined;
   #query: URLSearchParams | undefined;
   #request: Request | undefined;
   #selected: string | undefined | null = null;
@@ -1307,7 +1332,7 @@ class Exchange implements Incoming {
     pending.catch(() => {}); // It may fail while what is before it is being written.
     this.#connection.wait("handler");
     await this.#connection.flush();
-    const message = await pending;
+    const message = await this.#connection.unlessClosed(pending);
     try {
       await (isWhole(message) ? this.#connection.write(this.compose(message)) : this.#stream(message));
     } catch (error) {
@@ -1326,7 +1351,7 @@ class Exchange implements Incoming {
     const kind = (goesOn ? 1 : 0) + minor * 2 + (method === "HEAD" ? 4 : 0);
     if (kept !== undefined && kept.date !== date) [kept.date, kept.composed] = [date, []];
     const bytes = kept?.composed[kind] ?? composeMessage(this.server, message, this.head, goesOn);
-    if (kept !== undefined) kept.composed[kind] = bytes;
+    if (kept !== undefined) kept.composed[kind] = ownBytes(bytes);
     this.server.log.response(this, message, bytes, message.content.length);
     return bytes;
   }
@@ -1344,43 +1369,51 @@ class Exchange implements Incoming {
   /** Writes a response whose content is made on the way. */
   async #stream(message: StreamMessage): Promise<void> {
     const { content, status } = message, { head, server } = this, connection = this.#connection;
-    const isChunked = content.length === undefined && head.minor === 1;
     // HTTP/1.0 knows no chunks: there the end of the connection is the end.
-    if (content.length === undefined && !isChunked) connection.close("close");
+    if (content.length === undefined && head.minor === 0) connection.close("close");
     const text = this.responseHead = formatHead(server, message, head, this.#goesOn());
-    let before: Uint8Array = latin1Bytes(text), sent = 0, isMidway = false;
-    if (head.method === "HEAD" || hasNoContent(status)) await content.cancel?.();
+    let sent = 0;
+    if (head.method !== "HEAD" && !hasNoContent(status)) sent = await this.#writeContent(latin1Bytes(text), content);
     else {
-      // The head is sent with the first piece, if that comes soon: if making it fails, an error page can still
-      // be sent instead.
-      const pieces = content.read()[Symbol.asyncIterator]();
-      try {
-        const first = pieces.next();
-        if (content.isLive && !await settlesSoon(first)) {
-          isMidway = true;
-          await connection.write(before);
-          before = NO_BYTES;
-        }
-        for (let piece = await first; !piece.done; piece = await pieces.next()) {
-          if (piece.value.length === 0) continue;
-          isMidway = true;
-          await connection.write(
-            framePiece(before, piece.value, isChunked ? content.chunkSize ?? piece.value.length : undefined),
-          );
-          before = NO_BYTES;
-          sent += piece.value.length;
-        }
-      } catch (error) {
-        if (!isMidway || error instanceof Disconnected) throw error;
-        server.log.line(`answer broken off: ${this.line}: ${describe(error)}`);
-        throw disconnected();
-      } finally {
-        await pieces.return?.();
-      }
-      if (isChunked) before = concat([before, LAST_CHUNK]);
+      await connection.unlessClosed(Promise.resolve(content.cancel?.()));
+      await connection.write(latin1Bytes(text));
     }
-    await connection.write(before);
     server.log.response(this, message, text, sent);
+  }
+
+  /** Writes a head, and content piece by piece. Returns how many bytes of content that was. */
+  async #writeContent(head: Uint8Array, { read, isLive, length, chunkSize }: Stream): Promise<number> {
+    const connection = this.#connection, isChunked = length === undefined && this.head.minor === 1;
+    const pieces = read()[Symbol.asyncIterator]();
+    // The head is sent with the first piece, if that comes soon: if making it fails, an error page can still be sent
+    // instead.
+    let before = head, sent = 0;
+    const write = (bytes: Uint8Array) => {
+      before = NO_BYTES;
+      return connection.write(bytes);
+    };
+    try {
+      const first = pieces.next();
+      if (isLive && !await settlesSoon(first)) await write(head);
+      let piece = await connection.unlessClosed(first);
+      for (; !piece.done; piece = await connection.unlessClosed(pieces.next())) {
+        const { value } = piece;
+        sent += value.length;
+        // What was announced is kept: one byte more would be taken for the next response.
+        if (sent > (length ?? sent)) throw new Error(`its content is longer than ${length} bytes`);
+        if (value.length > 0) await write(framePiece(before, value, isChunked ? chunkSize ?? value.length : undefined));
+      }
+      if (sent < (length ?? sent)) throw new Error(`its content is ${sent} bytes long, and not ${length}`);
+      await write(isChunked ? concat([before, LAST_CHUNK]) : before);
+      return sent;
+    } catch (error) {
+      if (before === head || error instanceof Disconnected) throw error;
+      this.server.log.line(`answer broken off: ${this.line}: ${describe(error)}`);
+      throw disconnected();
+    } finally {
+      // One that is in the middle of a piece would only listen after that: it is not waited for.
+      pieces.return?.()?.catch(() => {});
+    }
   }
 
   /** Number of the connection. */
@@ -1390,7 +1423,7 @@ class Exchange implements Incoming {
 
   /** Name that the client logged in with, for the log; `-` if none was asked for. */
   get user(): string {
-    const { auth } = this.server.settings, credentials = auth.length === 0 ? "" : credentialsOf(this);
+    const { auth } = this.server.settings, credentials = auth.length === 0 ? undefined : credentialsOf(this);
     if (!isKnown(credentials, auth)) return "-";
     const name = credentials.split(":", 1)[0]!.replace(/[\s"\\]/g, "_");
     return escapeWire(latin1(UTF8_ENCODER.encode(name))) || "-";
@@ -1415,13 +1448,7 @@ class Exchange implements Incoming {
   }
 
   get path(): string {
-    const { path } = this.head;
-    return isPlain(path) ? path : percentDecodeText(path, this.charset);
-  }
-
-  /** What the patterns of routes are held against. */
-  get routedPath(): string {
-    return this.head.path === "*" ? "*" : this.path;
+    return this.#path ??= percentDecodeText(this.head.path, this.charset);
   }
 
   get query(): URLSearchParams {
@@ -1436,9 +1463,10 @@ class Exchange implements Incoming {
   get remote(): string {
     const { remote } = this.#connection;
     if (!this.server.settings.trustProxy) return remote;
-    const forwarded = this.header("forwarded")?.match(/^.*\bfor="?\[?([^\s;,"\]]+)/i)?.[1];
-    // Only the last address was written by the proxy that we trust; those before it came from the client.
-    const client = forwarded ?? parseList(this.header("x-forwarded-for") ?? "").at(-1);
+    // Only the last address was written by the proxy that we trust; those before it came from the client. Most proxies
+    // write the older field, and let one that they do not know pass.
+    const client = parseList(this.header("x-forwarded-for") ?? "").at(-1) ??
+      this.header("forwarded")?.match(/^.*\bfor="?\[?([^\s;,"\]]+)/i)?.[1];
     return client !== undefined && /^[0-9A-Za-z.:_%-]{1,64}$/.test(client) ? client : remote;
   }
 
@@ -1470,7 +1498,7 @@ class Exchange implements Incoming {
 
   async text(): Promise<string> {
     const bytes = await this.bytes(), field = this.header("content-type") ?? "text/plain";
-    const label = /;[ \t]?charset="?([^\s";]+)/i.exec(field)?.[1]?.toLowerCase();
+    const label = /;[ \t]*charset="?([^\s";]+)/i.exec(field)?.[1]?.toLowerCase();
     if (label !== undefined && !LABELS.includes(label)) throw new HttpError(415, `The charset "${label}" is unknown`);
     const said = label === undefined ? saidEncoding(bytes, essenceOf(field)) : encodingOf(label);
     const inForce = new Map([[this.charset, IN_FORCE_BITS]]);
@@ -1524,24 +1552,24 @@ const PREFLIGHT: Readonly<Record<string, string>> = {
 };
 
 /** Lets in whoever knows a name and its password. Throws 401. */
-function authenticate(given: string, credentials: readonly string[]): void {
+function authenticate(given: string | undefined, credentials: readonly string[]): void {
   if (isKnown(given, credentials)) return;
   const challenge: Field = ["WWW-Authenticate", 'Basic realm="charserve", charset="UTF-8"'];
   throw new HttpError(401, "A name and a password are needed here", [challenge]);
 }
 
 /** Whether this is one of them. Every one is compared, in a time that says nothing of how much of it was right. */
-function isKnown(given: string, credentials: readonly string[]): boolean {
-  return credentials.map((known) => isEqual(known, given)).includes(true);
+function isKnown(given: string | undefined, credentials: readonly string[]): given is string {
+  return given !== undefined && credentials.map((known) => isEqual(known, given)).includes(true);
 }
 
-/** `name:password` of a request (RFC 7617 §2): base64 of UTF-8; empty if there is none. */
-function credentialsOf(exchange: Exchange): string {
+/** `name:password` of a request (RFC 7617 §2): base64 of UTF-8; undefined if there is none. */
+function credentialsOf(exchange: Exchange): string | undefined {
   const token = /^basic +([A-Za-z0-9+/]+={0,2})$/i.exec(exchange.header("authorization") ?? "")?.[1];
   try {
-    return token === undefined ? "" : UTF8_DECODER.decode(latin1Bytes(atob(token)));
+    return token && UTF8_DECODER.decode(latin1Bytes(atob(token)));
   } catch {
-    return "";
+    return undefined;
   }
 }
 
@@ -1587,27 +1615,33 @@ function acceptedCharset(accept: string, preferred: string): string | undefined 
   return most > 0 ? best : undefined;
 }
 
+/** Most fields of a form. */
+const FORM_LIMIT = 1000;
+const EQUALS = new TextEncoder().encode("=");
+
 /**
  * An urlencoded form (URL §5.1), also from pages that are not in UTF-8: `_charset_` names their
  * charset, else what is not UTF-8 is in the charset in force. Browsers submit `&#N;` for characters
  * that the page's charset lacks: such a reference, and no other, is that character.
  */
 function parseForm(encoded: string, charset: string): URLSearchParams {
-  const pairs = encoded.split("&").filter((pair) => pair !== "").map((pair) => {
+  const parts = encoded.split("&").filter((pair) => pair !== "");
+  if (parts.length > FORM_LIMIT) throw new HttpError(400, `A form has no more than ${FORM_LIMIT} fields here`);
+  const pairs = parts.map((pair) => {
     const [name, ...value] = pair.split("=").map((part) => percentDecode(part.replaceAll("+", " ")));
     return [latin1(name!), concat(value.flatMap((part, i) => i === 0 ? [part] : [EQUALS, part]))] as const;
   });
   return decodeForm(pairs, charset);
 }
 
-const EQUALS = new TextEncoder().encode("=");
-
 /** The text of a form that is still bytes; names are one character a byte. */
 function decodeForm(pairs: readonly (readonly [name: string, value: Uint8Array])[], charset: string): URLSearchParams {
   const named = pairs.find(([name]) => name === "_charset_")?.[1], label = named && latin1(named).toLowerCase();
-  const strict = label !== undefined && LABELS.includes(label) ? encodingOf(label) : undefined;
-  const decode = (bytes: Uint8Array) =>
-    withoutReferences(strict ? decodeText(bytes, strict) : decodeInForce(bytes, charset), strict ?? charset);
+  const isNamed = label !== undefined && LABELS.includes(label);
+  // All of a form is in one charset.
+  const all = () => concat(pairs.flatMap(([name, value]) => [latin1Bytes(`${name}\n`), value, latin1Bytes("\n")]));
+  const encoding = isNamed ? encodingOf(label) : encodingInForce(all(), charset);
+  const decode = (bytes: Uint8Array) => withoutReferences(decodeText(bytes, encoding), isNamed ? encoding : charset);
   return new URLSearchParams(pairs.map(([name, value]) => [decode(latin1Bytes(name)), decode(value)]));
 }
 
@@ -1668,7 +1702,7 @@ function locate(exchange: Exchange): Resource {
   for (const route of server.routes) {
     const takesMethod = route.methods.includes(method) || method === "HEAD" && route.methods.includes("GET");
     if (!takesMethod || !isRoute(route, exchange)) continue;
-    if (route.hasParams) exchange.params = Object.freeze({ ...route.pattern.exec(exchange.routedPath)?.groups });
+    if (route.hasParams) exchange.params = Object.freeze({ ...route.pattern.exec(exchange.path)?.groups });
     return route;
   }
   if (isReading && server.root !== undefined && exchange.head.path !== "*") return locateFile(exchange);
@@ -1677,7 +1711,7 @@ function locate(exchange: Exchange): Resource {
 
 function isRoute({ pattern }: RouteResource, exchange: Exchange): boolean {
   pattern.lastIndex = 0; // Should it be global or sticky, it starts anew.
-  const isMatch = pattern.test(exchange.routedPath);
+  const isMatch = pattern.test(exchange.path);
   pattern.lastIndex = 0;
   return isMatch;
 }
@@ -1862,6 +1896,8 @@ function look(evidence: Evidence, path: string): Found | undefined {
 function findInside(site: Site, path: string): Found | undefined {
   const real = orNothing(() => Deno.realPathSync(path));
   if (real === undefined || !isInside(site, real)) return undefined;
+  // A link, or a short name on Windows, may stand for a name that is hidden.
+  if (isHidden(site, namesBelow(site, real)) && !isHidden(site, namesBelow(site, path))) return undefined;
   const info = statOf(real);
   return info && { real, info };
 }
@@ -1948,8 +1984,6 @@ function findBelow(path: string, encoded: string, evidence: Evidence): Resource 
   const segments = removeDotSegments(path), isFolder = /(?:^|\/)\.{0,2}$/.test(path);
   if (segments.some((name) => IMPOSSIBLE_NAME.test(name)) || isHidden(site, segments)) return undefined;
   const target = pathBelow(site, ...segments), found = find(target);
-  // A link, or a short name on Windows, may stand for a name that is hidden.
-  if (found !== undefined && isHidden(site, namesBelow(site, found.real))) return undefined;
   if (found?.info.isFile && !isFolder) return fileResource(target, found, evidence);
   if (!found?.info.isDirectory) {
     const page = found === undefined && !isFolder ? find(`${target}.html`) : undefined;
@@ -2172,8 +2206,10 @@ function representContent(exchange: Exchange, content: Content): Message | Promi
   if (content instanceof Response) return representResponse(content);
   const isBody = content instanceof Uint8Array || content instanceof ReadableStream;
   const answer: Answer = isBody ? { body: content } : content;
-  const { status = 200, headers = {}, body = "" } = answer, fields = handlerFields(headers);
-  if (!Number.isInteger(status) || status < 200 || status > 599) throw new TypeError(`Cannot send status ${status}`);
+  const { status = 200, headers = {} } = answer, fields = handlerFields(headers);
+  checkStatus(status);
+  // RFC 9110 §15.3.6: the form that was sent is to be emptied, and that is all.
+  const body = status === 205 ? "" : answer.body ?? "";
   const named = Object.entries(headers).find(([name]) => name.toLowerCase() === "content-type")?.[1];
   const type = answer.type ?? (named && essenceOf(named)) ?? defaultType(body);
   if (typeof body === "string") return representText(exchange, answer, type, body, fields);
@@ -2184,6 +2220,10 @@ function representContent(exchange: Exchange, content: Content): Message | Promi
   const { chunkSize } = answer;
   if (chunkSize === undefined) return { status, fields, charset, content: body };
   return { status, fields, charset, content: { length: undefined, chunkSize, read: () => inPieces(body, chunkSize) } };
+}
+
+function checkStatus(status: number): void {
+  if (!Number.isInteger(status) || status < 200 || status > 599) throw new TypeError(`Cannot send status ${status}`);
 }
 
 function defaultType(body: Answer["body"]): string {
@@ -2263,9 +2303,10 @@ function streamOf(body: AsyncIterable<Uint8Array>): Stream {
  * Content-Length, one that is still being made is passed on as it comes.
  */
 async function representResponse({ status, headers, body }: Response): Promise<Message> {
+  checkStatus(status);
   const fields: Field[] = [];
   headers.forEach((value, name) => {
-    if (!FRAMING_FIELDS.has(name)) fields.push([name, value]);
+    if (!FRAMING_FIELDS.has(name)) fields.push(checkField(name, value));
   });
   if (body === null) return { status, fields, content: NO_BYTES };
   const reader = body.getReader(), first = reader.read();
@@ -2508,7 +2549,7 @@ async function wholeMessage(variant: Variant, bytes: Uint8Array<ArrayBuffer>): P
   const make = () => isAsStored(variant) ? { bytes, lost: 0 } : convert(variant, bytes);
   if (coding === undefined || coding === nature.coding) {
     const { bytes: content, lost } = make();
-    return { ...described, content, lost, kept };
+    return { ...described, content: ownBytes(content), lost, kept };
   }
   return { ...described, content: await compress(bytes.length, coding, () => make().bytes), kept };
 }
@@ -2626,7 +2667,7 @@ async function readFile(found: FileFound): Promise<Opened> {
     const info = opened.stat();
     const file = isSameState(info, found.info) ? found : describeFile(found.path, found.name, info, found.evidence);
     const bytes = new Uint8Array(Math.min(file.size, BUFFERED_LIMIT)), length = opened.read(bytes, 0);
-    if (length < bytes.length || !await isUntouched(opened, info, file.path)) continue;
+    if (length < bytes.length || !await isUntouched(opened, info, file.path, [{ position: 0, bytes }])) continue;
     if (!file.isSettled) await identify(file, opened, bytes, now);
     return { file, bytes };
   }
@@ -2658,13 +2699,25 @@ async function digestOf(opened: OpenFile, bytes: Uint8Array<ArrayBuffer>, size: 
   return new Uint8Array(digest).subarray(0, 12).toHex();
 }
 
-/** Whether a file is as it was when it was opened, or has only grown, or lost its name. */
-async function isUntouched(file: OpenFile, opened: FileInfo, path: string): Promise<boolean> {
+/** Some of a file, as it was read. */
+interface Sample {
+  readonly position: number;
+  readonly bytes: Uint8Array;
+}
+
+/** Whether a file is as it was when it was opened, or lost its name, or has only grown: then it still has the samples. */
+async function isUntouched(
+  file: OpenFile,
+  opened: FileInfo,
+  path: string,
+  samples: readonly Sample[],
+): Promise<boolean> {
   for (let attempt = 0; attempt < READ_ATTEMPTS; attempt++) {
     // What is being appended shows in the time first, and then in the size.
     if (attempt > 0) await pause(READ_PAUSE);
     const info = file.stat();
-    if (info.size > opened.size || isSameState(info, opened)) return true;
+    if (isSameState(info, opened)) return true;
+    if (info.size > opened.size) return samples.every((sample) => hasSample(file, sample));
     if (info.size < opened.size) return false;
     // What is removed, or has another in its place, changes its state, but no byte.
     const there = statOf(path), isGone = there === undefined || !isSameFile(there, info) || info.nlink !== opened.nlink;
@@ -2672,6 +2725,19 @@ async function isUntouched(file: OpenFile, opened: FileInfo, path: string): Prom
   }
   return false;
 }
+
+function hasSample(file: OpenFile, { position, bytes }: Sample): boolean {
+  const again = readSample(file, position, bytes.length).bytes;
+  return again.length === bytes.length && again.every((byte, i) => byte === bytes[i]);
+}
+
+function readSample(file: OpenFile, position: number, length: number): Sample {
+  const buffer = new Uint8Array(length);
+  return { position, bytes: buffer.subarray(0, file.read(buffer, position)) };
+}
+
+/** How much of a large file tells whether it has only grown, at each end, in bytes. */
+const GROWTH_SAMPLE = 4096;
 
 /** For a file that is no longer what was promised. */
 const fileChanged = () => new HttpError(503, "The file is being written", [["Retry-After", "1"]]);
@@ -2788,9 +2854,11 @@ function streamFile(source: FileFound, pieceSize: number = PIECE_SIZE): Stream {
       const info = file.stat();
       if (!isSameFile(info, source.info) || info.size < source.size) throw fileChanged();
       const buffer = new Uint8Array(pieceSize), last = Math.min(end, source.size);
+      // Its beginning and its end stay as they are when it grows, and hardly when it is written anew.
+      const samples = [0, source.size - GROWTH_SAMPLE].map((at) => readSample(file, Math.max(0, at), GROWTH_SAMPLE));
       for (let at = start; at < last; at += pieceSize) {
         const piece = last - at < pieceSize ? buffer.subarray(0, last - at) : buffer;
-        if (file.read(piece, at) < piece.length || !await isUntouched(file, source.info, source.path)) {
+        if (file.read(piece, at) < piece.length || !await isUntouched(file, source.info, source.path, samples)) {
           throw fileChanged();
         }
         yield piece;
@@ -2842,7 +2910,9 @@ async function* convertPieces(
 ): AsyncGenerator<Uint8Array> {
   const { file, nature } = variant, stored = nature.encoding!, encoding = variant.encoding!, { type } = nature;
   const mode = errorModeOf(variant), mark = variant.hasMark ? "\ufeff" : "";
-  const decoder = new TextDecoder(stored), carry: Carry = { state: ASCII, isLast: false };
+  const carry: Carry = { state: ASCII, isLast: false };
+  // Only at the beginning of the file is U+FEFF a byte-order mark.
+  const decoder = new TextDecoder(stored, { ignoreBOM: from > 0 });
   // Behind a line feed, an ASCII byte in all these, a decoder begins anew, and so does an encoder; but see ISO-2022-JP.
   const isSeekable = !/^(?:utf-16|iso-2022)/.test(stored) && encoding !== "iso-2022-jp";
   let rest = new Uint8Array(), read = from, sent = to;
@@ -3154,7 +3224,7 @@ interface StreamMessage extends MessageParts {
 /** A response as it was sent before, in its kinds: they are good as long as their Date is. */
 interface Kept {
   date: string;
-  composed: (Uint8Array | undefined)[];
+  composed: (Uint8Array<ArrayBuffer> | undefined)[];
   notModified?: WholeMessage;
 }
 
@@ -3204,7 +3274,12 @@ function hasNoContent(status: number): boolean {
 }
 
 /** Head and content in one piece, for one write. */
-function composeMessage(server: HttpServer, message: WholeMessage, head: RequestHead, persistent: boolean): Uint8Array {
+function composeMessage(
+  server: HttpServer,
+  message: WholeMessage,
+  head: RequestHead,
+  persistent: boolean,
+): Uint8Array<ArrayBuffer> {
   const text = formatHead(server, message, head, persistent);
   const length = head.method === "HEAD" || hasNoContent(message.status) ? 0 : message.content.length;
   const bytes = allocate(text.length + length);
@@ -3696,12 +3771,14 @@ function percentDecode(text: string): Uint8Array<ArrayBuffer> {
 
 /** Percent-encoded text, read as UTF-8 if that is what its bytes are, else in `fallback`. */
 function percentDecodeText(text: string, fallback: string): string {
-  return isPlain(text) ? text : decodeInForce(percentDecode(text), fallback);
+  if (isPlain(text)) return text;
+  const bytes = percentDecode(text);
+  return decodeText(bytes, encodingInForce(bytes, fallback));
 }
 
-/** Bytes of a request as text: UTF-8 if that is what they are, else in the charset in force. */
-function decodeInForce(bytes: Uint8Array, charset: string): string {
-  return decodeText(bytes, isValid(bytes, "utf-8") && isLikelierUtf8(bytes, charset) ? "utf-8" : charset);
+/** What bytes of a request are in: UTF-8 if that is what they look like, else the charset in force. */
+function encodingInForce(bytes: Uint8Array, charset: string): string {
+  return isValid(bytes, "utf-8") && isLikelierUtf8(bytes, charset) ? "utf-8" : charset;
 }
 
 /** Bits that speak for the charset in force, where bytes can be read in two. */
@@ -4915,34 +4992,15 @@ async function readFolder(site: Site, path: string): Promise<Listed> {
   if (unreadable > 0) {
     log.line(`names that are not UTF-8 cannot be served: ${unreadable} in ${path} (convmv renames them)`);
   }
-  return { folders: await sortNames(folders), files: await sortNames(files), links };
+  return { folders: sortNames(folders), files: sortNames(files), links };
 }
 
 const collator = lazily(() => new Intl.Collator(undefined, { numeric: true, sensitivity: "base" }));
 
-/** Sorts names as people do: numbers by value, case aside. Others get their turn meanwhile. */
-async function sortNames(names: string[]): Promise<string[]> {
+/** Sorts names as people do: numbers by value, case aside. */
+function sortNames(names: string[]): string[] {
   names.sort();
-  if (names.length > COLLATED) return names;
-  const { compare } = collator();
-  let runs: string[][] = [];
-  for (let at = 0; at < names.length; at += LISTING_SLICE) runs.push(names.slice(at, at + LISTING_SLICE).sort(compare));
-  while (runs.length > 1) {
-    const merged: string[][] = [];
-    for (let i = 0; i < runs.length; i += 2) {
-      await workTurn();
-      merged.push(mergeSorted(runs[i]!, runs[i + 1] ?? [], compare));
-    }
-    runs = merged;
-  }
-  return runs[0] ?? [];
-}
-
-function mergeSorted(a: readonly string[], b: readonly string[], compare: (a: string, b: string) => number): string[] {
-  const merged: string[] = [];
-  let i = 0, j = 0;
-  while (i < a.length && j < b.length) merged.push(compare(a[i]!, b[j]!) <= 0 ? a[i++]! : b[j++]!);
-  return merged.concat(a.slice(i), b.slice(j));
+  return names.length > COLLATED ? names : names.sort(collator().compare);
 }
 
 /** The entries of one page. Only an order by size or time needs to look at all of them. */
@@ -4972,8 +5030,8 @@ function describeEntry(path: string): FolderEntry | undefined {
 /** What a link leads to, under the link's name; undefined for what is gone, is hidden, or lies outside ROOT. */
 function describeLink(site: Site, path: string): FolderEntry | undefined {
   try {
-    const real = Deno.realPathSync(path), isShown = isInside(site, real) && !isHidden(site, namesBelow(site, real));
-    return isShown ? entryOf(nameOf(path), real, Deno.lstatSync(real)) : undefined;
+    const found = findInside(site, path);
+    return found && entryOf(nameOf(path), found.real, found.info);
   } catch {
     return undefined;
   }
@@ -5068,9 +5126,8 @@ function timeHtml(time: number): string {
 /** A size for people: three digits or so. */
 function formatSize(size: number): string {
   const power = Math.min(4, Math.floor(Math.log2(Math.max(1, size)) / 10));
-  return power === 0
-    ? `${size} B`
-    : `${(size / 1024 ** power).toPrecision(3)} ${["B", "KiB", "MiB", "GiB", "TiB"][power]}`;
+  const value = size / 1024 ** power, digits = power === 0 || value >= 999.5 ? value.toFixed() : value.toPrecision(3);
+  return `${digits} ${["B", "KiB", "MiB", "GiB", "TiB"][power]}`;
 }
 
 // ── Search ───────────────────────────────────────────────────────────────────────────────────────
@@ -6328,6 +6385,11 @@ function allocate(length: number): Uint8Array<ArrayBuffer> {
   return bytes;
 }
 
+/** The same bytes, in a buffer of their own: what is kept must keep no more than itself in memory. */
+function ownBytes(bytes: Uint8Array<ArrayBuffer>): Uint8Array<ArrayBuffer> {
+  return bytes.length === bytes.buffer.byteLength ? bytes : bytes.slice();
+}
+
 function concat(parts: readonly Uint8Array[]): Uint8Array<ArrayBuffer> {
   const whole = allocate(parts.reduce((sum, part) => sum + part.length, 0));
   let at = 0;
@@ -6539,25 +6601,31 @@ async function startWorkers(options: ServeOptions, count: number): Promise<Serve
     workers.delete(worker);
     if (draining && workers.size === 0) stopped.resolve();
   };
-  const start = (port: number) =>
-    new Promise<Deno.NetAddr>((resolve, reject) => {
-      const worker = new Worker(import.meta.url, { type: "module", name: "charserve" });
-      workers.add(worker);
-      worker.onmessage = ({ data }: MessageEvent<WorkerReport>) => {
-        if (data.kind === "log") log.append(data.lines);
-        else if (data.kind === "listening") resolve(data.addr);
-        else if (data.kind === "failed") reject(new Error(data.reason));
-        else ended(worker);
-      };
-      worker.onerror = (event) => {
-        event.preventDefault();
-        ended(worker);
-        log.line(`a worker died: ${event.message}`);
-        const replace = () => draining || start(port).catch((error) => log.line(describe(error)));
-        setTimeout(replace, RESTART_DELAY);
-      };
-      worker.postMessage({ ...options, port });
-    });
+  const start = (port: number) => {
+    const { promise, resolve, reject } = Promise.withResolvers<Deno.NetAddr>();
+    const worker = new Worker(import.meta.url, { type: "module", name: "charserve" });
+    workers.add(worker);
+    worker.onmessage = ({ data }: MessageEvent<WorkerReport>) => {
+      if (data.kind === "log") log.append(data.lines);
+      else if (data.kind === "listening") resolve(data.addr);
+      else if (data.kind === "failed") reject(new Error(data.reason));
+      else ended(worker);
+    };
+    worker.onerror = (event) => {
+      event.preventDefault();
+      ended(worker);
+      log.line(`a worker died: ${event.message}`);
+      // One that was listening is replaced.
+      promise.then(() => replace(port), () => {});
+      reject(new Error(`a worker died: ${event.message}`));
+    };
+    worker.postMessage({ ...options, port });
+    return promise;
+  };
+  const replace = async (port: number) => {
+    await pause(RESTART_DELAY);
+    if (!draining) await start(port).catch(() => replace(port));
+  };
   // The first one finds the port, if any will do.
   const addr = await start(options.port ?? DEFAULTS.port);
   await Promise.all(Array.from({ length: count - 1 }, () => start(addr.port)));
@@ -6565,6 +6633,7 @@ async function startWorkers(options: ServeOptions, count: number): Promise<Serve
   const shutdown = (grace: number = 0) => {
     draining = true;
     for (const worker of workers) worker.postMessage({ stop: grace });
+    if (workers.size === 0) stopped.resolve();
     return finished;
   };
   return { addr, finished, pending: 0, shutdown, [Symbol.asyncDispose]: () => shutdown() };

@@ -196,6 +196,9 @@ const WRONG_OPTIONS: readonly [says: string, ServeOptions, ErrorClass, message: 
   ["a charset that cannot be written", { charset: "iso-2022-kr" }, RangeError, "iso-2022-kr"],
   ["an unknown source charset", { sourceCharset: "koi9-r" }, RangeError, "did you mean koi8-r?"],
   ["a ROOT that does not exist", { root: "/no/such/folder" }, Deno.errors.NotFound, ""],
+  ["an empty password, which everybody has", { auth: ["joe:s3cret", ""] }, TypeError, "expected name:password"],
+  ["a certificate without its key", { cert: "PEM" }, TypeError, "cert and key"],
+  ["a key without its certificate", { key: "PEM" }, TypeError, "cert and key"],
 ];
 
 for (const [says, options, expected, message] of WRONG_OPTIONS) {
@@ -203,6 +206,16 @@ for (const [says, options, expected, message] of WRONG_OPTIONS) {
     assertThrows(() => serve({ port: 0, ...options }), expected, message);
   });
 }
+
+Deno.test("serve() does not go on if onListen throws", async () => {
+  const told = Promise.withResolvers<Deno.Addr>();
+  const onListen = (address: Deno.Addr): never => {
+    told.resolve(address);
+    throw new Error("no");
+  };
+  assertThrows(() => serveEcho({ onListen }), Error, "no");
+  assert(!await answers(await told.promise as Deno.NetAddr));
+});
 
 Deno.test("serve() refuses a port in use", async () => {
   await using server = serveEcho();
@@ -1355,6 +1368,9 @@ const CONTENTS: readonly [says: string, type: string, content: string, form: boo
     ["text in the charset in force, if nothing says more", "text/plain", "\xa4\xa2\xff", false, 200, "あ\ufffd"],
     ["text that ends like half a character of UTF-8", "text/plain", "\xe4\xbd", false, 200, "篏"],
     ["text of an unknown charset", "text/plain;charset=klingon", "a", false, 415],
+    ["a label behind much space", "text/plain; \t charset=gbk", "\xc4\xe3", false, 200, "你"],
+    ["a form of 1,000 fields", "application/x-www-form-urlencoded", "t=1&".repeat(1000), true, 200, "1"],
+    ["a form of too many", "application/x-www-form-urlencoded", "t=1&".repeat(1001), true, 400],
     ["a form", "application/x-www-form-urlencoded", "t=%E4%BD%A0+1", true, 200, "你 1"],
     ["a form in the charset in force", "application/x-www-form-urlencoded;charset=x", "t=%A4%A2", true, 200, "あ"],
     ["a form in its own charset", "application/x-www-form-urlencoded", "_charset_=gbk&t=%C4%E3", true, 200, "你"],
@@ -1489,6 +1505,9 @@ const FOUND: readonly [says: string, target: string, status: number, text?: stri
   ["a link inside", "/link-in", 200, "inside"],
   ["a link to a folder inside", "/folder-in/", 200, "<p>index"],
   ["no hidden file", "/.hidden", 404],
+  ["no hidden file by a link", "/to-hidden", 404],
+  ["no hidden file by a link, as a page", "/page-hidden", 404],
+  ["no hidden file by a link, as an index", "/hidden-page/", 403, undefined, { noListing: true }],
   ["no file by the name of a page with a slash in it", "/b%2F", 404],
   ["a name of 300 characters", `/${"a".repeat(300)}`, 404],
   ["a path of 5,000 characters", `/${"a/".repeat(2500)}`, 404],
@@ -1544,6 +1563,10 @@ async function addSpecialFiles(path: string): Promise<void> {
   await Deno.symlink(path, `${site}/folder-out`);
   await Deno.symlink(`${path}/nowhere`, `${site}/link-nowhere`);
   await Deno.symlink("a.txt", `${site}/link-in`);
+  await Deno.symlink(".hidden", `${site}/to-hidden`);
+  await Deno.symlink(".hidden", `${site}/page-hidden.html`);
+  await Deno.mkdir(`${site}/hidden-page`);
+  await Deno.symlink("../.hidden", `${site}/hidden-page/index.html`);
   await Deno.symlink("link-circle", `${site}/link-circle`);
   await Deno.symlink("folder", `${site}/folder-in`);
   await new Deno.Command("mkfifo", { args: [`${site}/pipe`] }).output();
@@ -2740,6 +2763,10 @@ const ON_THE_WAY: readonly [says: string, change: (path: string) => Promise<unkn
     using file = await Deno.open(path, { write: true });
     await file.write(bytesOf("x".repeat(1000)));
   }, true],
+  ["written over by a longer one", async (path) => {
+    const { size } = await Deno.stat(path);
+    await Deno.writeFile(path, new Uint8Array(size + 1000).fill(1));
+  }, true],
   ["written over, with the same time", async (path) => {
     const { size, mtime } = await Deno.stat(path);
     await Deno.writeFile(path, new Uint8Array(size));
@@ -2800,6 +2827,16 @@ for (const [says, query, charset] of LARGE) {
     }
   });
 }
+
+Deno.test("streamConverted() takes U+FEFF for a byte-order mark at the beginning alone", async () => {
+  await using server = await serveTree({ "a.txt": new TextEncoder().encode("\ufeffab\n".repeat(220_000)) });
+  const target = "/a.txt?charset=utf-16le", { content } = await ask(server, get(target));
+  assertEquals(hex(content.subarray(0, 10)), "61 00 62 00 0a 00 ff fe 61 00");
+  for (const start of [400_000, 800_000, content.length - 9]) {
+    const part = await ask(server, get(target, `Range: bytes=${start}-${start + 8}`));
+    assertEquals([part.status, hex(part.content)], [206, hex(content.subarray(start, start + 9))]);
+  }
+});
 
 Deno.test("streamFile() ends the connection when a file shrinks", async () => {
   await using server = await serveTree({ "a.bin": "" });
@@ -3046,6 +3083,18 @@ const ANSWERS: readonly [says: string, Handler, Expected][] = [
     text: "你",
     fields: { "x-y": "1", "content-type": "text/plain;charset=UTF-8" },
   }],
+  ["a Response that is an error", () => Response.error(), { status: 500 }],
+  ["a Response whose field has a control character", () => new Response("", { headers: { "X-Y": "1\x01" } }), {
+    status: 500,
+  }],
+  ["status 199", () => ({ status: 199 }), { status: 500 }],
+  ["status 600", () => ({ status: 600 }), { status: 500 }],
+  ["half a status", () => ({ status: 200.5 }), { status: 500 }],
+  ["nothing with 205", () => ({ status: 205, body: "a" }), {
+    status: 205,
+    text: "",
+    fields: { "content-length": "0" },
+  }],
   ["a Response of nothing", () => new Response(null, { status: 204 }), { status: 204 }],
   ["an empty Response", () => new Response(null), { text: "", fields: { "content-length": "0" } }],
   ["a Response that is JSON", () => Response.json({ a: 1 }), { text: '{"a":1}' }],
@@ -3118,6 +3167,36 @@ Deno.test("represent() answers 500 when a stream fails before its first byte", a
   await using server = serveEcho({ routes: [[/^/, () => ({ body: failingAfter() })]] });
   assertEquals((await ask(server, get("/"))).status, 500);
 });
+
+/** Handlers that never end, and what comes of them before that. */
+const ENDLESS: readonly [says: string, Handler][] = [
+  ["a handler", () => new Promise(() => {})],
+  ["a stream that says nothing", () => ({ body: quietAfter() })],
+  ["a stream that falls silent", () => ({ body: quietAfter("a") })],
+  ["a Response that falls silent", () => new Response(ReadableStream.from(quietAfter("a")))],
+];
+
+async function* quietAfter(...texts: string[]) {
+  yield* pieces(...texts);
+  await new Promise(() => {});
+}
+
+for (const [says, handler] of ENDLESS) {
+  Deno.test(`shutdown() ends ${says}, after a while`, async () => {
+    const { now } = performance;
+    await within5s(
+      (async () => {
+        const server = serveEcho({ idleTimeout: 100, onLog: () => {}, log: "common", routes: [[/^/, handler]] });
+        using client = await Client.connect(server);
+        await client.send(get("/"));
+        while (server.pending === 0) await delay(5);
+        const ended = server.shutdown();
+        performance.now = () => now.call(performance) + 11_000;
+        await ended;
+      })().finally(() => performance.now = now),
+    );
+  });
+}
 
 Deno.test("represent() breaks off when a stream fails midway", async () => {
   await using server = serveEcho({ routes: [[/^/, () => ({ body: failingAfter("a".repeat(1000)) })]] });
@@ -3302,6 +3381,7 @@ Deno.test("formatHead() writes a Date that goes on", async () => {
 const LISTED: Tree = {
   "small.txt": "a",
   "large.bin": "x".repeat(2048),
+  "larger.bin": "x".repeat(1023 * 1024),
   "folder/": "",
   ".hidden": "",
   "<b>&\"'.txt": "",
@@ -3314,6 +3394,7 @@ const LISTINGS: readonly [says: string, target: string, options: ServeOptions, h
     'href="small.txt"',
     'href="folder/"',
     "2.00 KiB",
+    "1023 KiB",
     '2024-02-29<span class="clock"> 12:34',
     "<title>localhost</title>",
   ], [".hidden"]],
@@ -4089,6 +4170,10 @@ const CLIENTS: readonly [says: string, trustProxy: boolean, fields: string[], cl
   ["who connects, whatever is forwarded", false, ["X-Forwarded-For: 192.0.2.1"], "127.0.0.1"],
   ["who is forwarded", true, ["X-Forwarded-For: 192.0.2.1"], "192.0.2.1"],
   ["the last who is forwarded", true, ["X-Forwarded-For: 203.0.113.9, 192.0.2.1"], "192.0.2.1"],
+  ["who is forwarded, whatever the client says of itself", true, [
+    "Forwarded: for=203.0.113.9",
+    "X-Forwarded-For: 192.0.2.1",
+  ], "192.0.2.1"],
   ["the last line's", true, ["X-Forwarded-For: 203.0.113.9", "X-Forwarded-For: 192.0.2.1"], "192.0.2.1"],
   [
     "who is forwarded by the standard",
