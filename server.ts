@@ -637,7 +637,7 @@ class Connection implements Disposable {
   takeRefused(): RequestHead {
     const text = latin1(this.#bytes.subarray(this.#start, Math.min(this.#end, this.#start + HEAD_LIMIT)));
     const method = text.startsWith("HEAD ") ? "HEAD" : "GET";
-    const nothing = { target: "", authority: "", path: "", query: undefined, framing: NO_CONTENT, marks: NO_MARKS };
+    const nothing = { target: "", authority: "", path: "", query: undefined, framing: NO_CONTENT, fields: [] };
     return { ...nothing, text, method, minor: 1, persistent: false };
   }
 
@@ -985,28 +985,17 @@ interface RequestHead {
   readonly framing: Framing;
   /** Whether the client wants to keep the connection (RFC 9112 §9.3). */
   readonly persistent: boolean;
-  readonly marks: Marks;
+  readonly fields: FieldOffsets;
 }
 
-/** Where the value of each of `MARKED_FIELDS` begins and ends in the head's text: two numbers a field, 0 if it is absent. */
-type Marks = readonly number[];
+/**
+ * Where the field lines stand in the head's text, four numbers each: the shape of the name, where it begins, and where the
+ * value begins and ends. No text is made of a field that nobody asks for.
+ */
+type FieldOffsets = readonly number[];
 
-/** The fields that the server itself looks for. They are recognised while the head is read, other fields when asked for. */
-// deno-fmt-ignore
-const MARKED_FIELDS = [
-  "host", "connection", "content-length", "transfer-encoding", "expect", "accept", "accept-charset", "accept-encoding",
-  "range", "if-range", "if-match", "if-none-match", "if-modified-since", "if-unmodified-since", "content-type",
-  "authorization", "access-control-request-method", "forwarded", "x-forwarded-for", "referer", "user-agent",
-];
-
-const FIELD_INDEX: ReadonlyMap<string, number> = new Map(MARKED_FIELDS.map((name, i) => [name, i]));
-/** The same, by the length of a name and its first and last letters: no two of them share those. */
-const FIELD_BY_SHAPE: ReadonlyMap<number, number> = new Map(
-  MARKED_FIELDS.map((name, i) => [shapeOf(name.length, name.charCodeAt(0), name.charCodeAt(name.length - 1)), i]),
-);
-
-/** Marks of a head without fields; and what the first of a field's two marks is when it stands on several lines. */
-const NO_MARKS: Marks = MARKED_FIELDS.flatMap(() => [0, 0]), SEVERAL_LINES = -1;
+/** A head, as far as its fields can be read. */
+type HeadFields = Pick<RequestHead, "text" | "fields">;
 
 const CR = 0x0d, LF = 0x0a, COLON = 0x3a, SP = 0x20, HTAB = 0x09;
 
@@ -1028,26 +1017,28 @@ const INCOMPLETE = Infinity;
 
 /**
  * Parses the head that begins at `start` (RFC 9112 §2.1); undefined if it is not complete at `end`. One pass over
- * the bytes finds the lines, checks every byte, and marks the fields that matter.
+ * the bytes checks each of them, and finds where the lines and their parts are.
  */
 function parseRequest(bytes: Uint8Array, start: number, end: number): RequestHead | undefined {
   const lineEnd = skip(bytes, start, end, IN_LINE);
   if (lineEnd - start > TARGET_LIMIT + 64) {
     throw new FramingError(414, `Cannot parse request line: it exceeds ${TARGET_LIMIT} bytes`);
   }
-  const marks = NO_MARKS.slice();
+  const fields: number[] = [];
   let at = endLine(bytes, lineEnd, end);
-  for (let fields = 0; at < end && bytes[at] !== CR; fields++) {
-    if (fields === FIELD_COUNT_LIMIT) {
+  while (at < end && bytes[at] !== CR) {
+    if (fields.length === 4 * FIELD_COUNT_LIMIT) {
       throw new FramingError(431, `Cannot parse head: it has more than ${FIELD_COUNT_LIMIT} fields`);
     }
-    at = markField(bytes, at, end, start, marks);
+    at = parseField(bytes, at, end, start, fields);
   }
   const headEnd = at < end ? endLine(bytes, at, end) : INCOMPLETE;
   if (Math.min(headEnd, end) - start > HEAD_LIMIT) {
     throw new FramingError(431, `Cannot parse head: it exceeds ${HEAD_LIMIT} bytes`);
   }
-  return headEnd === INCOMPLETE ? undefined : interpret(latin1(bytes.subarray(start, headEnd)), lineEnd - start, marks);
+  return headEnd === INCOMPLETE
+    ? undefined
+    : interpret(latin1(bytes.subarray(start, headEnd)), lineEnd - start, fields);
 }
 
 /** Index of the first byte, from `at` on, that is not of the class. */
@@ -1066,8 +1057,8 @@ function endLine(bytes: Uint8Array, at: number, end: number): number {
   return at + 2;
 }
 
-/** Reads a field line (RFC 9112 §5). Returns where the next line begins. */
-function markField(bytes: Uint8Array, at: number, end: number, begin: number, marks: number[]): number {
+/** Parses a field line (RFC 9112 §5), and notes where its parts are, counted from `start`. Returns where the next begins. */
+function parseField(bytes: Uint8Array, at: number, end: number, start: number, fields: number[]): number {
   const nameEnd = skip(bytes, at, end, IN_TOKEN);
   if (nameEnd === end) return INCOMPLETE;
   // §5.1: no space before the colon. §5.2: a line that begins with a space (obs-fold) is refused too.
@@ -1075,30 +1066,19 @@ function markField(bytes: Uint8Array, at: number, end: number, begin: number, ma
     throw new FramingError(400, "Cannot parse field: expected a name, then a colon");
   }
   const valueStart = skip(bytes, nameEnd + 1, end, IN_SPACE), lineEnd = skip(bytes, valueStart, end, IN_VALUE);
-  const field = FIELD_BY_SHAPE.get(shapeOf(nameEnd - at, bytes[at]!, bytes[nameEnd - 1]!));
-  if (field !== undefined && isName(bytes, at, MARKED_FIELDS[field]!)) {
-    let valueEnd = lineEnd;
-    while (valueEnd > valueStart && (CLASSES[bytes[valueEnd - 1]!]! & IN_SPACE) !== 0) valueEnd--;
-    marks[field * 2] = marks[field * 2] === 0 ? valueStart - begin : SEVERAL_LINES;
-    marks[field * 2 + 1] = valueEnd - begin;
-  }
+  let valueEnd = lineEnd;
+  while (valueEnd > valueStart && (CLASSES[bytes[valueEnd - 1]!]! & IN_SPACE) !== 0) valueEnd--;
+  fields.push(shapeOf(nameEnd - at, bytes[at]!), at - start, valueStart - start, valueEnd - start);
   return endLine(bytes, lineEnd, end);
 }
 
-function shapeOf(length: number, first: number, last: number): number {
-  return length << 16 | (first | 0x20) << 8 | last | 0x20;
-}
-
-/** Whether these bytes, which are as many, are the name, in any case. */
-function isName(bytes: Uint8Array, at: number, name: string): boolean {
-  for (let i = 0; i < name.length; i++) {
-    if ((bytes[at + i]! | 0x20) !== (name.charCodeAt(i) | 0x20)) return false;
-  }
-  return true;
+/** The length of a name and its first letter, in any case: few names of a head share both. */
+function shapeOf(length: number, first: number): number {
+  return length << 5 | first & 31;
 }
 
 /** What the lines mean: version, target, host, framing, persistence. */
-function interpret(text: string, lineEnd: number, marks: Marks): RequestHead {
+function interpret(text: string, lineEnd: number, fields: FieldOffsets): RequestHead {
   const methodEnd = text.indexOf(" "), targetEnd = lineEnd - " HTTP/1.1".length;
   const method = text.slice(0, methodEnd), target = text.slice(methodEnd + 1, targetEnd);
   const version = text.slice(targetEnd, lineEnd), minor = version === " HTTP/1.1" ? 1 : parseVersion(version);
@@ -1107,11 +1087,10 @@ function interpret(text: string, lineEnd: number, marks: Marks): RequestHead {
     throw new FramingError(400, `Cannot parse request line "${text.slice(0, Math.min(lineEnd, 200))}"`);
   }
   if (target.length > TARGET_LIMIT) throw new FramingError(414, `The target exceeds ${TARGET_LIMIT} bytes`);
-  const fields = { text, marks }, connection = fieldValue(fields, "connection");
-  const host = parseHost(fieldValue(fields, "host"), minor),
-    { authority, path, query } = parseTarget(method, target, host);
-  const framing = parseFraming(fields, minor), persistent = isPersistent(connection, minor);
-  return { text, method, target, authority, path, query, minor, framing, persistent, marks };
+  const head = { text, fields }, host = parseHost(fieldValue(head, "host"), minor);
+  const { authority, path, query } = parseTarget(method, target, host), framing = parseFraming(head, minor);
+  const persistent = isPersistent(fieldValue(head, "connection"), minor);
+  return { text, method, target, authority, path, query, minor, framing, persistent, fields };
 }
 
 /** The minor version; undefined if this names none. Throws 505 for other major ones. */
@@ -1132,19 +1111,36 @@ function isPersistent(connection: string | undefined, minor: 0 | 1): boolean {
 }
 
 /** The field's value, those of several lines joined (RFC 9110 §5.3); `name` in lower case. */
-function fieldValue(head: Pick<RequestHead, "text" | "marks">, name: string): string | undefined {
-  const field = FIELD_INDEX.get(name), start = field === undefined ? SEVERAL_LINES : head.marks[field * 2]!;
-  if (start === 0) return undefined;
-  if (start !== SEVERAL_LINES) return head.text.slice(start, head.marks[field! * 2 + 1]!);
-  const values = fieldLines(head).filter(([each]) => each.toLowerCase() === name).map(([, value]) => value);
-  return values.length === 0 ? undefined : values.join(", ");
+function fieldValue({ text, fields }: HeadFields, name: string): string | undefined {
+  const shape = shapeOf(name.length, name.charCodeAt(0));
+  let value: string | undefined;
+  for (let i = 0; i < fields.length; i += 4) {
+    if (fields[i] !== shape || !isName(text, fields[i + 1]!, name)) continue;
+    const line = text.slice(fields[i + 2]!, fields[i + 3]!);
+    value = value === undefined ? line : `${value}, ${line}`;
+  }
+  return value;
+}
+
+/** Whether this name, in lower case, stands there in any case. */
+function isName(text: string, at: number, name: string): boolean {
+  for (let i = 0; i < name.length; i++) {
+    const code = text.charCodeAt(at + i), isCapital = code >= 0x41 && code <= 0x5a;
+    if ((isCapital ? code | 0x20 : code) !== name.charCodeAt(i)) return false;
+  }
+  return true;
 }
 
 /** Every field line of a head, in order. */
-function fieldLines({ text }: Pick<RequestHead, "text">): Field[] {
-  return text.split("\r\n").slice(1, -2).map((line) => {
-    const colon = line.indexOf(":");
-    return [line.slice(0, colon), trimSpace(line.slice(colon + 1))];
+function fieldLines({ text, fields }: HeadFields): Field[] {
+  return Array.from({ length: fields.length / 4 }, (_, line) => {
+    const [shape, nameStart, valueStart, valueEnd] = fields.slice(4 * line, 4 * line + 4) as [
+      number,
+      number,
+      number,
+      number,
+    ];
+    return [text.slice(nameStart, nameStart + (shape >> 5)), text.slice(valueStart, valueEnd)] as const;
   });
 }
 
@@ -1162,11 +1158,9 @@ function parseHost(host: string | undefined, minor: 0 | 1): string {
   if (host === undefined && minor === 0) return "";
   if (host === undefined) throw new FramingError(400, "Cannot parse head: it has no Host");
   // Two Host lines are joined by a comma and a space, which no authority has.
-  return authorityOf(host) ?? refuseHost();
-}
-
-function refuseHost(): never {
-  throw new FramingError(400, "Cannot parse Host: expected one host and port");
+  const authority = authorityOf(host);
+  if (authority === undefined) throw new FramingError(400, "Cannot parse Host: expected one host and port");
+  return authority;
 }
 
 /** The four forms of a target (RFC 9112 §3.2): origin, absolute, authority, asterisk. */
@@ -1182,8 +1176,8 @@ function parseTarget(method: string, target: string, host: string): Pick<Request
 }
 
 /** Stricter than RFC 9112 §6.3: any doubt about the length is a 400. */
-function parseFraming(fields: Pick<RequestHead, "text" | "marks">, minor: 0 | 1): Framing {
-  const coding = fieldValue(fields, "transfer-encoding"), length = fieldValue(fields, "content-length");
+function parseFraming(head: HeadFields, minor: 0 | 1): Framing {
+  const coding = fieldValue(head, "transfer-encoding"), length = fieldValue(head, "content-length");
   if (coding === undefined && length === undefined) return NO_CONTENT;
   if (coding === undefined) return parseLength(length!);
   if (length !== undefined) {
