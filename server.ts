@@ -165,6 +165,18 @@ const BACKLOG_TURNS = 10, BACKLOG_TURN = 50;
 /** How long to wait before accepting again when the system has no more files, in milliseconds. */
 const ACCEPT_BACKOFF = 100;
 
+/** Lets scripts of other sites read answers, and their fields (Fetch §3.2.3). */
+const READABLE: readonly Field[] = [
+  ["Access-Control-Allow-Origin", "*"],
+  [
+    "Access-Control-Expose-Headers",
+    "Accept-Ranges, Content-Encoding, Content-Length, Content-Range, Date, ETag, Last-Modified, Location, Retry-After, *",
+  ],
+];
+
+/** What systems say of a client that is gone before it is accepted. */
+const GONE = [Deno.errors.NotConnected, Deno.errors.ConnectionAborted, Deno.errors.ConnectionReset];
+
 class HttpServer implements Server {
   readonly addr: Deno.Addr;
   readonly finished: Promise<void>;
@@ -428,15 +440,6 @@ function bodyRoute(body: string): Route {
   return [/^/, () => body];
 }
 
-/** Lets scripts of other sites read answers, and their fields (Fetch §3.2.3). */
-const READABLE: readonly Field[] = [
-  ["Access-Control-Allow-Origin", "*"],
-  [
-    "Access-Control-Expose-Headers",
-    "Accept-Ranges, Content-Encoding, Content-Length, Content-Range, Date, ETag, Last-Modified, Location, Retry-After, *",
-  ],
-];
-
 /** Fields for every head: those of the user win. */
 function addedFields(own: readonly Field[], users: readonly Field[]): AddedFields {
   const names = new Set(users.map(([name]) => name.toLowerCase()));
@@ -453,9 +456,6 @@ function openConnection(conn: Deno.Conn, clock: Clock, line: Line, number: numbe
     return undefined;
   }
 }
-
-/** What systems say of a client that is gone before it is accepted. */
-const GONE = [Deno.errors.NotConnected, Deno.errors.ConnectionAborted, Deno.errors.ConnectionReset];
 
 // ── Connection ───────────────────────────────────────────────────────────────────────────────────
 // TCP delivers a stream of bytes, cut anywhere: a read may bring half a request or twenty. This is the
@@ -1518,6 +1518,16 @@ class Exchange implements Incoming {
   }
 }
 
+const EXPECTS_CONTINUE = /^100-continue$/i;
+
+/** The answer to a preflight (Fetch §3.2.3); the last field is for pages of public sites (Private Network Access §3.2). */
+const PREFLIGHT: Readonly<Record<string, string>> = {
+  "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, PATCH, DELETE",
+  "Access-Control-Allow-Headers": "*, Authorization",
+  "Access-Control-Max-Age": "86400",
+  "Access-Control-Allow-Private-Network": "true",
+};
+
 /** Refuses what is not for this server, or not for this client. Answers a preflight, which asks for no resource. */
 function admit(exchange: Exchange): Message | Promise<Message> | undefined {
   const { server, method, head } = exchange, expectation = fieldValue(head, "expect"), { cors, auth } = server.settings;
@@ -1534,16 +1544,6 @@ function admit(exchange: Exchange): Message | Promise<Message> | undefined {
   if (auth.length > 0) authenticate(credentialsOf(exchange), auth);
   return undefined;
 }
-
-const EXPECTS_CONTINUE = /^100-continue$/i;
-
-/** The answer to a preflight (Fetch §3.2.3); the last field is for pages of public sites (Private Network Access §3.2). */
-const PREFLIGHT: Readonly<Record<string, string>> = {
-  "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, PATCH, DELETE",
-  "Access-Control-Allow-Headers": "*, Authorization",
-  "Access-Control-Max-Age": "86400",
-  "Access-Control-Allow-Private-Network": "true",
-};
 
 /** Lets in whoever knows a name and its password. Throws 401. */
 function authenticate(given: string | undefined, credentials: readonly string[]): void {
@@ -1782,6 +1782,8 @@ const LIFETIME_SHARE = 0.01;
 /** Time within which a second change may not show, in milliseconds: Deno gives the time of the last change in seconds. */
 const GRANULARITY = 1050;
 
+const SEPARATOR = Deno.build.os === "windows" ? "\\" : "/";
+
 /** Finds the file, folder or redirection that a path names; else what stands in for it. Throws 404. */
 function locateFile(exchange: Exchange): Resource {
   const { head: { path }, server } = exchange, { fallback } = server.settings;
@@ -1929,8 +1931,6 @@ function absence(error: unknown): undefined {
   }
   throw error;
 }
-
-const SEPARATOR = Deno.build.os === "windows" ? "\\" : "/";
 
 const parentOf = (path: string) => path.slice(0, Math.max(1, path.lastIndexOf(SEPARATOR)));
 const pathBelow = ({ path }: Pick<Site, "path">, ...names: string[]) =>
@@ -2348,52 +2348,6 @@ const CACHE_SIZE = 64 * 1024 * 1024;
 const RACY_TIME = 50;
 
 type Coding = "br" | "gzip";
-
-interface Entry<V> {
-  readonly value: V;
-  /** In bytes. */
-  readonly size: number;
-}
-
-/** A cache with a limit in bytes. What was not asked for while half of it filled up is dropped, all at once. */
-class Cache<V> {
-  readonly #limit: number;
-  #recent = new Map<string, Entry<V>>();
-  #older = new Map<string, Entry<V>>();
-  /** Of the recent ones, in bytes. */
-  #size = 0;
-
-  constructor(size: number) {
-    this.#limit = size / 2;
-  }
-
-  get(key: string): V | undefined {
-    const recent = this.#recent.get(key);
-    if (recent !== undefined) return recent.value;
-    const older = this.#older.get(key);
-    if (older !== undefined) this.set(key, older.value, older.size);
-    return older?.value;
-  }
-
-  set(key: string, value: V, size: number): void {
-    this.delete(key);
-    if (this.#size + size > this.#limit) [this.#older, this.#recent, this.#size] = [this.#recent, new Map(), 0];
-    this.#recent.set(key, { value, size });
-    this.#size += size;
-  }
-
-  /** Adds to the size of what is kept under a key. */
-  grow(key: string, more: number): void {
-    const value = this.get(key), entry = this.#recent.get(key);
-    if (value !== undefined && entry !== undefined) this.set(key, value, entry.size + more);
-  }
-
-  delete(key: string): void {
-    this.#size -= this.#recent.get(key)?.size ?? 0;
-    this.#recent.delete(key);
-    this.#older.delete(key);
-  }
-}
 
 /** What a file is, once its content was looked at. */
 interface Nature {
@@ -2930,30 +2884,6 @@ async function* convertPieces(
   conversion.length = sent;
 }
 
-/**
- * What bytes themselves say of their encoding: a byte-order mark, a declaration, the zeros of UTF-16, the escape
- * sequences of ISO-2022-JP, or that they are UTF-8, though a few may be damaged.
- */
-function saidEncoding(bytes: Uint8Array, type: string, partial = false): string | undefined {
-  return sniffByteOrderMark(bytes) ?? declaredEncoding(bytes, type) ?? sniffUtf16(bytes) ?? sniffIso2022Jp(bytes) ??
-    (isValid(bytes, "utf-8", partial) || isMostlyUtf8(bytes, partial) ? "utf-8" : undefined);
-}
-
-/** Bits that text may cost in the encoding that it is in: a little, and so much a character. */
-const READABLE_BITS = 32, CHARACTER_BITS = 11;
-
-/** The encoding in which bytes read as the most ordinary text, if that is text at all. */
-function detectedEncoding(
-  bytes: Uint8Array,
-  hints: ReadonlyMap<string, number>,
-  partial: boolean,
-): Pick<Nature, "encoding" | "isSure"> {
-  const readings = detect(bytes, hints, partial), [best] = readings;
-  const isText = best !== undefined && best.bits <= READABLE_BITS + CHARACTER_BITS * best.text.length;
-  if (!isText) return { encoding: undefined, isSure: false };
-  return { encoding: best.encoding, isSure: isSure(readings) };
-}
-
 /** Codings that a client accepts, unless it prefers the bytes uncompressed; best first (RFC 9110 §12.5.3). */
 const acceptedCodings = remembered((accept: string | undefined): readonly Coding[] => {
   if (accept === undefined) return [];
@@ -3233,6 +3163,8 @@ function isWhole(message: Message): message is WholeMessage {
 const NO_BYTES = new Uint8Array();
 const CONTINUE = new TextEncoder().encode("HTTP/1.1 100 Continue\r\n\r\n");
 
+const CRLF = new TextEncoder().encode("\r\n"), LAST_CHUNK = new TextEncoder().encode("0\r\n\r\n");
+
 /** A response's head (RFC 9112 §4, RFC 9110 §6.6, §8.6). */
 function formatHead(server: HttpServer, message: Message, head: RequestHead, persistent: boolean): string {
   const { status, fields, content } = message, added = isCacheable(message) ? server.added : server.addedUncached;
@@ -3282,12 +3214,6 @@ function composeMessage(
   return bytes;
 }
 
-/** The head of a response that is bytes already. */
-function headOf(bytes: Uint8Array): string {
-  const text = latin1(bytes.subarray(0, HEAD_LIMIT));
-  return text.slice(0, text.indexOf("\r\n\r\n") + 4);
-}
-
 /** A piece of content with what stands before it; as chunks, if a size is given (RFC 9112 §7.1). */
 function framePiece(before: Uint8Array, piece: Uint8Array, chunkSize: number | undefined): Uint8Array {
   if (chunkSize === undefined) return before.length === 0 ? piece : concat([before, piece]);
@@ -3300,8 +3226,6 @@ function framePiece(before: Uint8Array, piece: Uint8Array, chunkSize: number | u
   }
   return concat(parts);
 }
-
-const CRLF = new TextEncoder().encode("\r\n"), LAST_CHUNK = new TextEncoder().encode("0\r\n\r\n");
 
 // ── Charset ──────────────────────────────────────────────────────────────────────────────────────
 // A charset is a rule that turns characters into bytes. The platform decodes all of them and encodes
@@ -3770,28 +3694,12 @@ function percentDecodeText(text: string, fallback: string): string {
   return decodeText(bytes, encodingInForce(bytes, fallback));
 }
 
-/** What bytes of a request are in: UTF-8 if that is what they look like, else the charset in force. */
-function encodingInForce(bytes: Uint8Array, charset: string): string {
-  return isValid(bytes, "utf-8") && isLikelierUtf8(bytes, charset) ? "utf-8" : charset;
-}
-
-/** Bits that speak for the charset in force, where bytes can be read in two. */
-const IN_FORCE_BITS = 12;
-
-/** Whether bytes that may be UTF-8 are more ordinary text so than in the charset in force: `%C4%A3` is `模` in GBK, not `ģ`. */
-function isLikelierUtf8(bytes: Uint8Array, charset: string): boolean {
-  if (!bytes.some((byte) => byte > 0x7f)) return true;
-  if (charset.startsWith("utf-") || !isValid(bytes, charset)) return true;
-  const [best] = detect(bytes, new Map([[charset, IN_FORCE_BITS]]), false, ["utf-8", charset]);
-  return best === undefined || best.encoding === "utf-8";
-}
-
 /** Whether text from the wire needs no decoding: it is ASCII, and nothing in it is percent-encoded. */
 function isPlain(text: string): boolean {
   return !/[%\x80-\xff]/.test(text);
 }
 
-// ── Detection ─────────────────────────────────────────────────────────────────────────────────────
+// ── Detection ────────────────────────────────────────────────────────────────────────────────────
 // What are these bytes, and what garbled this text? One model answers both. It says how ordinary a text is, in bits,
 // as a compressor would: letters that often follow one another cost few, strange neighbours many. Bytes are read in
 // each encoding that they may be in, and the reading that costs least is the likeliest. To undo a mix-up, a text is
@@ -3989,6 +3897,9 @@ const SURE_BITS = 8;
 /** Bits for a character cut off. */
 const CUT = 11;
 
+/** How many bytes are looked at, how many of them in one run, and how many ASCII ones beside what is not. */
+const SAMPLE = 1536, RUN = 512, BESIDE = 32;
+
 /**
  * The encodings that bytes may be in, likeliest first; none for ASCII, which is the same in all.
  *
@@ -4017,6 +3928,46 @@ function detect(
     }).sort((a, b) => a.bits - b.bits);
 }
 
+/**
+ * What bytes themselves say of their encoding: a byte-order mark, a declaration, the zeros of UTF-16, the escape
+ * sequences of ISO-2022-JP, or that they are UTF-8, though a few may be damaged.
+ */
+function saidEncoding(bytes: Uint8Array, type: string, partial = false): string | undefined {
+  return sniffByteOrderMark(bytes) ?? declaredEncoding(bytes, type) ?? sniffUtf16(bytes) ?? sniffIso2022Jp(bytes) ??
+    (isValid(bytes, "utf-8", partial) || isMostlyUtf8(bytes, partial) ? "utf-8" : undefined);
+}
+
+/** Bits that text may cost in the encoding that it is in: a little, and so much a character. */
+const READABLE_BITS = 32, CHARACTER_BITS = 11;
+
+/** The encoding in which bytes read as the most ordinary text, if that is text at all. */
+function detectedEncoding(
+  bytes: Uint8Array,
+  hints: ReadonlyMap<string, number>,
+  partial: boolean,
+): Pick<Nature, "encoding" | "isSure"> {
+  const readings = detect(bytes, hints, partial), [best] = readings;
+  const isText = best !== undefined && best.bits <= READABLE_BITS + CHARACTER_BITS * best.text.length;
+  if (!isText) return { encoding: undefined, isSure: false };
+  return { encoding: best.encoding, isSure: isSure(readings) };
+}
+
+/** What bytes of a request are in: UTF-8 if that is what they look like, else the charset in force. */
+function encodingInForce(bytes: Uint8Array, charset: string): string {
+  return isValid(bytes, "utf-8") && isLikelierUtf8(bytes, charset) ? "utf-8" : charset;
+}
+
+/** Bits that speak for the charset in force, where bytes can be read in two. */
+const IN_FORCE_BITS = 12;
+
+/** Whether bytes that may be UTF-8 are more ordinary text so than in the charset in force: `%C4%A3` is `模` in GBK, not `ģ`. */
+function isLikelierUtf8(bytes: Uint8Array, charset: string): boolean {
+  if (!bytes.some((byte) => byte > 0x7f)) return true;
+  if (charset.startsWith("utf-") || !isValid(bytes, charset)) return true;
+  const [best] = detect(bytes, new Map([[charset, IN_FORCE_BITS]]), false, ["utf-8", charset]);
+  return best === undefined || best.encoding === "utf-8";
+}
+
 function candidateOf(encoding: string): Candidate {
   const other = { encoding, part: -1, rarity: 5, languages: everyLanguage };
   return ownCandidates().find((candidate) => candidate.encoding === encoding) ?? other;
@@ -4030,9 +3981,6 @@ function isSure([first, ...others]: readonly Reading[]): boolean {
 }
 
 const isWide = (encoding: string) => isMultiByte(encoding) || encoding.startsWith("utf-");
-
-/** How many bytes are looked at, how many of them in one run, and how many ASCII ones beside what is not. */
-const SAMPLE = 1536, RUN = 512, BESIDE = 32;
 
 /** The bytes that say something: what is not ASCII and a little around it, from all over, a line for each run. */
 function tellingBytes(bytes: Uint8Array): Uint8Array {
@@ -4910,6 +4858,8 @@ function representFolder(exchange: Exchange, folder: FolderFound): Message | Pro
   });
 }
 
+const PAGE_FIELDS = { Vary: "Accept", "Cache-Control": "no-cache", "Content-Security-Policy": PAGE_POLICY };
+
 /** A listing, as a page, or as JSON for those who prefer it. Its validator is made of what it shows. */
 async function listFolder(exchange: Exchange, folder: FolderFound, asked: ListingQuery): Promise<Message> {
   const { entries, count } = await readPage(exchange.server.site(), folder.path, asked);
@@ -4929,8 +4879,6 @@ async function listFolder(exchange: Exchange, folder: FolderFound, asked: Listin
   const status = evaluatePreconditions(exchange.head, { etag, time: NaN });
   return status === 304 ? { ...notModified(tagged), isListing: true } : tagged;
 }
-
-const PAGE_FIELDS = { Vary: "Accept", "Cache-Control": "no-cache", "Content-Security-Policy": PAGE_POLICY };
 
 /** Whether a client would rather have JSON than a page (RFC 9110 §12.5.1). */
 function prefersJson(exchange: Exchange): boolean {
@@ -5381,6 +5329,8 @@ function mayHaveLetters(bytes: Uint8Array, { bits, all }: Letters): boolean {
   return found === all;
 }
 
+const PAIR_LEADS = range(0x81, 0xfe), PAIR_TRAILS = range(0x20, 0xfe);
+
 /** The pairs of bytes that characters are, or end with, which fold into a letter, or into more with it. */
 function pairsOf(letter: string): number[] {
   const pairs: number[] = [];
@@ -5413,8 +5363,6 @@ function linesWith(text: string, letter: string): number[] {
   }
   return found;
 }
-
-const PAIR_LEADS = range(0x81, 0xfe), PAIR_TRAILS = range(0x20, 0xfe);
 
 /** What all pairs of bytes are in the encodings that have pairs, a line each, folded. */
 const foldedPairs = lazily(() => {
@@ -6122,22 +6070,6 @@ function declarationOf(type: string, label: string | undefined): string {
   throw new HttpError(400, "meta is for type=html, xml and css");
 }
 
-/** A parameter of a query, read as an option is; undefined if absent. Throws 400. */
-function readParameter<T>(query: URLSearchParams, name: string, read: (text: string) => T): T | undefined {
-  const text = query.get(name);
-  if (text === null || text === "") return undefined;
-  try {
-    return read(text);
-  } catch (error) {
-    throw new HttpError(400, `${name}: ${(error as Error).message}`);
-  }
-}
-
-/** A whole number of a query; undefined if absent. Throws 400. */
-function numberParameter(query: URLSearchParams, name: string, least: number, most: number): number | undefined {
-  return readParameter(query, name, integer(least, most));
-}
-
 const TEXT_SHORTHANDS: ReadonlyMap<string, string> = new Map([
   ["plain", "text/plain"],
   ["html", "text/html"],
@@ -6317,6 +6249,86 @@ function essenceOf(contentType: string): string {
   return trimSpace(contentType.split(";", 1)[0]!).toLowerCase();
 }
 
+/** Thrown for what a person typed wrongly; ends in one line on standard error. */
+class UsageError extends Error {}
+
+function integer(least: number, most: number) {
+  return (text: string): number => {
+    const value = /^\d{1,9}$/.test(text) ? Number(text) : NaN;
+    if (value >= least && value <= most) return value;
+    throw new UsageError(`expected a whole number from ${least} to ${most}`);
+  };
+}
+
+function oneOf<const W extends string>(...words: W[]) {
+  return (text: string): W => {
+    if (words.includes(text as W)) return text as W;
+    throw new UsageError(`expected ${words.join(", ")}${didYouMean(text, words)}`);
+  };
+}
+
+/** A label need not exist to be declared: testers want wrong ones. It must only be a token. */
+function label(text: string): string {
+  if (TOKEN.test(text)) return text;
+  throw new UsageError("expected a label such as gbk, or none");
+}
+
+function encodingOption(text: string): string {
+  try {
+    return encodingOf(text);
+  } catch (error) {
+    throw new UsageError((error as Error).message);
+  }
+}
+
+/** The candidate that the fewest edits lead to, if they are no more than `most`. */
+function nearest(typed: string, candidates: readonly string[], most: number): string | undefined {
+  let best: string | undefined, least = most;
+  for (const candidate of candidates) {
+    const distance = editDistance(typed, candidate);
+    if (distance <= least && (distance < least || best === undefined)) [best, least] = [candidate, distance];
+  }
+  return best;
+}
+
+/** Insertions, removals, replacements and swaps of neighbours that make `a` into `b`. */
+function editDistance(a: string, b: string): number {
+  let [before, last] = [[] as number[], Array.from({ length: b.length + 1 }, (_, j) => j)];
+  for (let i = 1; i <= a.length; i++) {
+    const row = [i];
+    for (let j = 1; j <= b.length; j++) {
+      const change = a[i - 1] === b[j - 1] ? 0 : 1;
+      row[j] = Math.min(last[j]! + 1, row[j - 1]! + 1, last[j - 1]! + change);
+      if (a[i - 1] === b[j - 2] && a[i - 2] === b[j - 1]) row[j] = Math.min(row[j]!, before[j - 2]! + 1);
+    }
+    [before, last] = [last, row];
+  }
+  return last[b.length]!;
+}
+
+/** `, did you mean X?` for the candidate with the least edit distance, if one is near. */
+function didYouMean(typed: string, candidates: readonly string[]): string {
+  if (typed.length > 40) return ""; // Nobody means that, and comparing it would take long.
+  const near = nearest(typed.toLowerCase(), candidates, Math.floor(typed.length / 3));
+  return near === undefined ? "" : `, did you mean ${near}?`;
+}
+
+/** A parameter of a query, read as an option is; undefined if absent. Throws 400. */
+function readParameter<T>(query: URLSearchParams, name: string, read: (text: string) => T): T | undefined {
+  const text = query.get(name);
+  if (text === null || text === "") return undefined;
+  try {
+    return read(text);
+  } catch (error) {
+    throw new HttpError(400, `${name}: ${(error as Error).message}`);
+  }
+}
+
+/** A whole number of a query; undefined if absent. Throws 400. */
+function numberParameter(query: URLSearchParams, name: string, least: number, most: number): number | undefined {
+  return readParameter(query, name, integer(least, most));
+}
+
 /** Text with the characters escaped that mean something in markup. */
 function escapeMarkup(text: string): string {
   return text.replace(/[&<>"']/g, (character) => `&#${character.charCodeAt(0)};`);
@@ -6364,6 +6376,9 @@ function writeLatin1(text: string, bytes: Uint8Array): void {
   if (!/[\x80-\xff]/.test(text)) UTF8_ENCODER.encodeInto(text, bytes);
   else for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
 }
+
+// ── Memory and time ──────────────────────────────────────────────────────────────────────────────
+// What is kept and for how long, buffers, and turns for work that takes long: it serves every section above.
 
 /** Size of a shared buffer, in bytes. All of it stays in memory as long as any part of it is in use. */
 const SLAB_SIZE = 32 * 1024;
@@ -6419,6 +6434,52 @@ async function workTurn(): Promise<void> {
   await (workLine = workLine.then(() => pause(0)));
   workers--;
   workedSince = performance.now();
+}
+
+interface Entry<V> {
+  readonly value: V;
+  /** In bytes. */
+  readonly size: number;
+}
+
+/** A cache with a limit in bytes. What was not asked for while half of it filled up is dropped, all at once. */
+class Cache<V> {
+  readonly #limit: number;
+  #recent = new Map<string, Entry<V>>();
+  #older = new Map<string, Entry<V>>();
+  /** Of the recent ones, in bytes. */
+  #size = 0;
+
+  constructor(size: number) {
+    this.#limit = size / 2;
+  }
+
+  get(key: string): V | undefined {
+    const recent = this.#recent.get(key);
+    if (recent !== undefined) return recent.value;
+    const older = this.#older.get(key);
+    if (older !== undefined) this.set(key, older.value, older.size);
+    return older?.value;
+  }
+
+  set(key: string, value: V, size: number): void {
+    this.delete(key);
+    if (this.#size + size > this.#limit) [this.#older, this.#recent, this.#size] = [this.#recent, new Map(), 0];
+    this.#recent.set(key, { value, size });
+    this.#size += size;
+  }
+
+  /** Adds to the size of what is kept under a key. */
+  grow(key: string, more: number): void {
+    const value = this.get(key), entry = this.#recent.get(key);
+    if (value !== undefined && entry !== undefined) this.set(key, value, entry.size + more);
+  }
+
+  delete(key: string): void {
+    this.#size -= this.#recent.get(key)?.size ?? 0;
+    this.#recent.delete(key);
+    this.#older.delete(key);
+  }
 }
 
 /** Most results that `remembered` keeps. */
@@ -6560,6 +6621,12 @@ function logDate(time: number): string {
   return `${day}/${month}/${year}:${clock} +0000`;
 }
 
+/** The head of a response that is bytes already. */
+function headOf(bytes: Uint8Array): string {
+  const text = latin1(bytes.subarray(0, HEAD_LIMIT));
+  return text.slice(0, text.indexOf("\r\n\r\n") + 4);
+}
+
 /** A head, a line each: `>` from the client, `<` to it. Passwords are not shown. */
 function wireLines(connection: number, direction: string, head: string): string {
   // Not in a refused head either, where a space may stand before the colon, and a value go on in the next line.
@@ -6669,9 +6736,6 @@ function checkWorkersAllowed(): void {
 
 const VERSION = "0.1.0";
 
-/** Thrown for what a person typed wrongly; ends in one line on standard error. */
-class UsageError extends Error {}
-
 /** RFC 7617 §2: no colon in the name, no control characters. An empty password is most likely a mistake. */
 const CREDENTIALS = /^[^:\p{Cc}]+:\P{Cc}+$/u;
 /** How long the package that splits the arguments may take to come, in milliseconds. */
@@ -6780,14 +6844,6 @@ const optionRows = lazily(() =>
 );
 type OptionRow = ReturnType<typeof optionRows>[number];
 
-function integer(least: number, most: number) {
-  return (text: string): number => {
-    const value = /^\d{1,9}$/.test(text) ? Number(text) : NaN;
-    if (value >= least && value <= most) return value;
-    throw new UsageError(`expected a whole number from ${least} to ${most}`);
-  };
-}
-
 /** Reads `8`, `auto`: as many threads as there are cores. */
 function workerCount(text: string): number {
   return text === "auto" ? navigator.hardwareConcurrency : integer(1, 256)(text);
@@ -6809,29 +6865,8 @@ function byteSize(text: string): number {
   return Number(match[1]) * unit;
 }
 
-function oneOf<const W extends string>(...words: W[]) {
-  return (text: string): W => {
-    if (words.includes(text as W)) return text as W;
-    throw new UsageError(`expected ${words.join(", ")}${didYouMean(text, words)}`);
-  };
-}
-
 function orWord(word: string, read: (text: string) => string) {
   return (text: string): string => text === word ? word : read(text);
-}
-
-function encodingOption(text: string): string {
-  try {
-    return encodingOf(text);
-  } catch (error) {
-    throw new UsageError((error as Error).message);
-  }
-}
-
-/** A label need not exist to be declared: testers want wrong ones. It must only be a token. */
-function label(text: string): string {
-  if (TOKEN.test(text)) return text;
-  throw new UsageError("expected a label such as gbk, or none");
 }
 
 function hostName(text: string): string {
@@ -6868,38 +6903,6 @@ async function readCredentials(path: string): Promise<readonly string[]> {
   const given = lines.filter((line) => line !== "");
   if (given.length === 0) throw new UsageError(`${path}: expected name:password, one a line`);
   return given;
-}
-
-/** `, did you mean X?` for the candidate with the least edit distance, if one is near. */
-function didYouMean(typed: string, candidates: readonly string[]): string {
-  if (typed.length > 40) return ""; // Nobody means that, and comparing it would take long.
-  const near = nearest(typed.toLowerCase(), candidates, Math.floor(typed.length / 3));
-  return near === undefined ? "" : `, did you mean ${near}?`;
-}
-
-/** The candidate that the fewest edits lead to, if they are no more than `most`. */
-function nearest(typed: string, candidates: readonly string[], most: number): string | undefined {
-  let best: string | undefined, least = most;
-  for (const candidate of candidates) {
-    const distance = editDistance(typed, candidate);
-    if (distance <= least && (distance < least || best === undefined)) [best, least] = [candidate, distance];
-  }
-  return best;
-}
-
-/** Insertions, removals, replacements and swaps of neighbours that make `a` into `b`. */
-function editDistance(a: string, b: string): number {
-  let [before, last] = [[] as number[], Array.from({ length: b.length + 1 }, (_, j) => j)];
-  for (let i = 1; i <= a.length; i++) {
-    const row = [i];
-    for (let j = 1; j <= b.length; j++) {
-      const change = a[i - 1] === b[j - 1] ? 0 : 1;
-      row[j] = Math.min(last[j]! + 1, row[j - 1]! + 1, last[j - 1]! + change);
-      if (a[i - 1] === b[j - 2] && a[i - 2] === b[j - 1]) row[j] = Math.min(row[j]!, before[j - 2]! + 1);
-    }
-    [before, last] = [last, row];
-  }
-  return last[b.length]!;
 }
 
 /** `--help`, from the table of options: 80 columns wide. */
