@@ -166,7 +166,7 @@ const BACKLOG_TURNS = 10, BACKLOG_TURN = 50;
 const ACCEPT_BACKOFF = 100;
 
 /** Lets scripts of other sites read answers, and their fields (Fetch §3.2.3). */
-const READABLE: readonly Field[] = [
+const CORS_FIELDS: readonly Field[] = [
   ["Access-Control-Allow-Origin", "*"],
   [
     "Access-Control-Expose-Headers",
@@ -175,7 +175,7 @@ const READABLE: readonly Field[] = [
 ];
 
 /** What systems say of a client that is gone before it is accepted. */
-const GONE = [Deno.errors.NotConnected, Deno.errors.ConnectionAborted, Deno.errors.ConnectionReset];
+const DISCONNECT_ERRORS = [Deno.errors.NotConnected, Deno.errors.ConnectionAborted, Deno.errors.ConnectionReset];
 
 class HttpServer implements Server {
   readonly addr: Deno.Addr;
@@ -193,7 +193,7 @@ class HttpServer implements Server {
   readonly #listener: Deno.Listener;
   readonly #connections = new Set<Connection>();
   readonly #clock: Clock;
-  readonly #line = new Line();
+  readonly #queue = new ReadQueue();
   /** Value of the Date field. */
   readonly date = onceASecond(formatDate);
   /** Whether a request names this server (RFC 9110 §7.4): a page elsewhere must not reach us by a name that it controls. */
@@ -205,12 +205,12 @@ class HttpServer implements Server {
   #idleDeadline = Infinity;
   #stopping: Promise<void> | undefined;
   /** Connections that were closed, but are still there. */
-  #held = 0;
+  #handshaking = 0;
   /** Connections accepted so far. */
   #accepted = 0;
   /** ROOT as it was at the last look, when that was, and how long it is believed, in milliseconds. */
   #site: Site | undefined;
-  #looked = 0;
+  #checkedAt = 0;
   #lifetime = 0;
 
   constructor(options: ServeOptions) {
@@ -220,7 +220,7 @@ class HttpServer implements Server {
     this.routes = [...(options.routes ?? []), ...(settings.body === undefined ? [] : [bodyRoute(settings.body)])]
       .map(routeResource);
     this.secure = settings.cert !== undefined;
-    const added = [...(settings.cors ? READABLE : []), ["X-Content-Type-Options", "nosniff"] as const];
+    const added = [...(settings.cors ? CORS_FIELDS : []), ["X-Content-Type-Options", "nosniff"] as const];
     this.added = addedFields(added, settings.header);
     this.addedUncached = addedFields(
       added,
@@ -230,13 +230,13 @@ class HttpServer implements Server {
     const waits = { request: idle, head, content: idle, reader: idle, handler: Infinity, end: LINGER_TIME };
     this.#clock = { now: performance.now(), ...waits };
     this.log = new Log(settings.log, options.onLog);
-    if (this.root !== undefined) checkRoot(this.site(), settings.fallback);
+    if (this.root !== undefined) checkFallback(this.site(), settings.fallback);
     this.#listener = listen(settings, options.reusePort);
     // Deno 2.6 leaves the transport of a TLS listener out.
     this.addr = settings.unix === undefined
       ? { ...this.#listener.addr as Deno.NetAddr, transport: "tcp" }
       : this.#listener.addr;
-    this.answersTo = remembered(hostChecker(allowedHosts(this.addr, settings)));
+    this.answersTo = memoized(hostChecker(allowedHosts(this.addr, settings)));
     this.#sweeper = setInterval(() => this.#sweep(), Math.max(10, Math.min(1000, Math.min(head, idle) / 4)));
     this.finished = this.#accept().then(() => this.#end());
     options.signal?.addEventListener("abort", () => void this.shutdown(), { once: true });
@@ -252,16 +252,18 @@ class HttpServer implements Server {
   /** ROOT, where its name leads now. Throws 503 if that is nowhere. */
   site(): Site {
     const now = Date.now();
-    if (this.#site === undefined || now - this.#looked >= this.#lifetime || now < this.#looked) this.#lookAtRoot(now);
+    if (this.#site === undefined || now - this.#checkedAt >= this.#lifetime || now < this.#checkedAt) {
+      this.#checkRoot(now);
+    }
     if (this.#site === undefined) throw new HttpError(503, "The folder to serve is not there", [["Retry-After", "1"]]);
     return this.#site;
   }
 
-  #lookAtRoot(now: number): void {
-    const isFirst = this.#looked === 0, last = this.#site;
-    const path = isFirst ? Deno.realPathSync(this.root!) : orNothing(() => Deno.realPathSync(this.root!));
+  #checkRoot(now: number): void {
+    const isFirst = this.#checkedAt === 0, last = this.#site;
+    const path = isFirst ? Deno.realPathSync(this.root!) : ifPresent(() => Deno.realPathSync(this.root!));
     const info = path === undefined ? undefined : statOf(path);
-    if (info === undefined && last !== undefined) this.log.line(`ROOT is not there any more: ${this.root}`);
+    if (info === undefined && last !== undefined) this.log.notice(`ROOT is not there any more: ${this.root}`);
     const isSame = info !== undefined && last !== undefined && last.path === path && isSameFile(info, last.info);
     // Another folder under the same name is another site: nothing that was kept is true of it.
     if (!isSame) {
@@ -277,8 +279,8 @@ class HttpServer implements Server {
         };
     }
     const changes = [info, statOf(this.root!)].map((each) => each === undefined ? now : changeTime(each, now));
-    this.#lifetime = lifetimeOf(now - Math.max(...changes));
-    this.#looked = now;
+    this.#lifetime = freshnessLifetime(now - Math.max(...changes));
+    this.#checkedAt = now;
   }
 
   async #accept(): Promise<void> {
@@ -288,9 +290,9 @@ class HttpServer implements Server {
       } catch (error) {
         if (this.draining) return;
         // A client that was gone before it was accepted is nothing.
-        if (GONE.some((each) => error instanceof each)) continue;
+        if (DISCONNECT_ERRORS.some((each) => error instanceof each)) continue;
         // The system has no more files: others will close theirs.
-        this.log.line(`cannot accept a connection: ${(error as Error).message}`);
+        this.log.notice(`cannot accept a connection: ${(error as Error).message}`);
         await pause(ACCEPT_BACKOFF);
       }
     }
@@ -300,22 +302,22 @@ class HttpServer implements Server {
     const number = ++this.#accepted;
     // Too many refused connections are still open: this one is closed without an answer.
     if (this.#connections.size >= 2 * this.settings.maxConnections) return conn.close();
-    const connection = openConnection(conn, this.#clock, this.#line, number);
+    const connection = openConnection(conn, this.#clock, this.#queue, number);
     if (connection === undefined) return;
-    const isFull = this.#connections.size + this.#held >= this.settings.maxConnections;
+    const isFull = this.#connections.size + this.#handshaking >= this.settings.maxConnections;
     this.#connections.add(connection);
-    this.#line.connections++;
+    this.#queue.connections++;
     const served = isFull ? refuseConnection(this, connection) : serveConnection(this, connection);
     const handshake = "handshake" in conn ? (conn as Deno.TlsConn).handshake() : undefined;
     handshake?.catch(() => {}); // Reading finds out.
     served.finally(() => {
       this.#connections.delete(connection);
-      this.#line.connections--;
+      this.#queue.connections--;
       if (this.draining && this.#connections.size === 0) this.#drained.resolve();
       if (handshake === undefined) return;
       // Deno closes a TLS connection only when its handshake has ended, however: until then, it counts.
-      const gone = () => this.#held--;
-      this.#held++;
+      const gone = () => this.#handshaking--;
+      this.#handshaking++;
       handshake.then(gone, gone);
     });
   }
@@ -337,7 +339,7 @@ class HttpServer implements Server {
   /** Ends what takes too long to end. */
   #cutOff(): void {
     const { pending } = this;
-    if (pending > 0) this.log.line(`stopped with ${pending} ${pending === 1 ? "answer" : "answers"} unfinished`);
+    if (pending > 0) this.log.notice(`stopped with ${pending} ${pending === 1 ? "answer" : "answers"} unfinished`);
     for (const connection of this.#connections) connection[Symbol.dispose]();
     this.#drainDeadline = Infinity;
   }
@@ -432,7 +434,7 @@ function hostChecker(hosts: ReadonlySet<string> | undefined): (authority: string
 }
 
 /** Refuses at the start what could never be served. */
-function checkRoot(site: Site, fallback: string | undefined): void {
+function checkFallback(site: Site, fallback: string | undefined): void {
   if (fallback !== undefined) Deno.realPathSync(pathBelow(site, fallback));
 }
 
@@ -448,9 +450,9 @@ function addedFields(own: readonly Field[], users: readonly Field[]): AddedField
 }
 
 /** A connection; undefined if its client is gone already. */
-function openConnection(conn: Deno.Conn, clock: Clock, line: Line, number: number): Connection | undefined {
+function openConnection(conn: Deno.Conn, clock: Clock, queue: ReadQueue, number: number): Connection | undefined {
   try {
-    return new Connection(conn, clock, line, number);
+    return new Connection(conn, clock, queue, number);
   } catch {
     conn.close();
     return undefined;
@@ -506,7 +508,7 @@ async function serveConnection(server: HttpServer, connection: Connection): Prom
     }
     await connection.end();
   } catch (error) {
-    if (!(error instanceof Disconnected)) server.log.line(`connection broken off: ${describe(error)}`);
+    if (!(error instanceof Disconnected)) server.log.notice(`connection broken off: ${errorText(error)}`);
   }
 }
 
@@ -534,49 +536,49 @@ async function refuseConnection(server: HttpServer, connection: Connection): Pro
 }
 
 /** Connections that may wait for their next request at once before others have to wait for their turn. */
-const TURNS = 64;
+const READS_AT_ONCE = 64;
 /** How long a connection that is given its turn may leave it unused before others go on, in milliseconds. */
-const TURN_TIME = 5;
+const ROUND_TIME = 5;
 
 /**
  * Who may read next, when many connections are busy. The runtime does only so many reads and writes before it looks
  * which sockets are ready, and then those that are served already come first: a few would go on, and all others wait.
- * So those that were served go to the end of a line. Up to `TURNS` connections, there is no line.
+ * So those that were served go to the end of a line. Up to `READS_AT_ONCE` connections, there is no line.
  */
-class Line {
+class ReadQueue {
   connections = 0;
   readonly #waiting: (() => void)[] = [];
   #next = 0;
   /** Turns that were given and not used, in this round: after a while, their clients have nothing to say. */
-  #given = 0;
+  #outstanding = 0;
   #round = 1;
   #timer: ReturnType<typeof setTimeout> | undefined;
 
   /** Waits for a turn, after the one of `round` (0 is none). Resolves with the round of the new one. */
   wait(round: number): number | Promise<number> {
-    if (this.connections <= TURNS) return 0;
-    if (round === this.#round) this.#given--;
-    if (this.#given < TURNS && this.#waiting.length === this.#next) return this.#give();
+    if (this.connections <= READS_AT_ONCE) return 0;
+    if (round === this.#round) this.#outstanding--;
+    if (this.#outstanding < READS_AT_ONCE && this.#waiting.length === this.#next) return this.#give();
     const turn = new Promise<number>((resolve) => this.#waiting.push(() => resolve(this.#give())));
     this.#goOn();
     return turn;
   }
 
   #give(): number {
-    this.#given++;
+    this.#outstanding++;
     return this.#round;
   }
 
   #goOn(): void {
-    while (this.#given < TURNS && this.#next < this.#waiting.length) this.#waiting[this.#next++]!();
+    while (this.#outstanding < READS_AT_ONCE && this.#next < this.#waiting.length) this.#waiting[this.#next++]!();
     if (this.#next === this.#waiting.length) this.#waiting.length = this.#next = 0;
-    else this.#timer ??= setTimeout(() => this.#startRound(), TURN_TIME);
+    else this.#timer ??= setTimeout(() => this.#startRound(), ROUND_TIME);
   }
 
   #startRound(): void {
     this.#timer = undefined;
     this.#waiting.splice(0, this.#next);
-    [this.#next, this.#given] = [0, 0];
+    [this.#next, this.#outstanding] = [0, 0];
     this.#round++;
     this.#goOn();
   }
@@ -593,7 +595,7 @@ class Connection implements Disposable {
   #waiting: Waiting = "request";
   readonly #conn: Deno.Conn;
   readonly #clock: Clock;
-  readonly #line: Line;
+  readonly #queue: ReadQueue;
   /** The round of the line that its last turn was in. */
   #round = 0;
   /** Come and not yet consumed: `#bytes` from `#start` to `#end`. */
@@ -610,12 +612,12 @@ class Connection implements Disposable {
   /** Ends the wait for a handler. */
   #abandon: (reason: Error) => void = () => {};
 
-  constructor(conn: Deno.Conn, clock: Clock, line: Line, number: number) {
+  constructor(conn: Deno.Conn, clock: Clock, queue: ReadQueue, number: number) {
     // An answer in several writes must not wait for the client to acknowledge the first (RFC 896).
     if ("setNoDelay" in conn) (conn as Deno.TcpConn).setNoDelay();
     this.#conn = conn;
     this.#clock = clock;
-    this.#line = line;
+    this.#queue = queue;
     this.number = number;
     this.remote = conn.remoteAddr.transport === "tcp" ? conn.remoteAddr.hostname : "unix";
   }
@@ -652,7 +654,7 @@ class Connection implements Disposable {
     }
     const isIdle = this.#start === this.#end;
     this.wait(isIdle ? "request" : "head");
-    const turn = this.#line.wait(this.#round);
+    const turn = this.#queue.wait(this.#round);
     this.#round = typeof turn === "number" ? turn : await turn;
     const reading = this.#conn.read(this.#room());
     try {
@@ -822,7 +824,7 @@ class RequestContent implements Disposable {
   #since: number | undefined;
   #received = 0;
   /** Its share of `contentInMemory`. */
-  #held = 0;
+  #reserved = 0;
 
   constructor(connection: Connection, framing: Framing, limit: number, awaitsContinue: boolean) {
     this.#connection = connection;
@@ -846,11 +848,11 @@ class RequestContent implements Disposable {
       await this.#connection.flush();
     }
     // Memory is taken as content comes, not as it is announced.
-    let content = new Uint8Array(this.#hold(BUFFER_SIZE)), size = 0;
+    let content = new Uint8Array(this.#reserve(BUFFER_SIZE)), size = 0;
     for await (const piece of this.#unread) {
       const needed = size + piece.length;
       if (needed > this.#limit) throw new FramingError(413, `The content exceeds ${this.#limit} bytes`);
-      if (needed > content.length) content = concat([content, new Uint8Array(this.#hold(needed))]);
+      if (needed > content.length) content = concat([content, new Uint8Array(this.#reserve(needed))]);
       content.set(piece, size);
       size = needed;
     }
@@ -881,19 +883,19 @@ class RequestContent implements Disposable {
   }
 
   /** Counts memory that content is about to take. */
-  #hold(size: number): number {
+  #reserve(size: number): number {
     // However long one may be, there is room for one: its buffer grows to twice its length at most.
     if (contentInMemory + size > Math.max(CONTENT_BUDGET, 2 * this.#limit + BUFFER_SIZE)) {
       throw new FramingError(503, "Too much content of other requests is in memory", [["Retry-After", "1"]]);
     }
     contentInMemory += size;
-    this.#held += size;
+    this.#reserved += size;
     return size;
   }
 
   [Symbol.dispose](): void {
-    contentInMemory -= this.#held;
-    this.#held = 0;
+    contentInMemory -= this.#reserved;
+    this.#reserved = 0;
   }
 
   /** In pieces that are only good until the next one is asked for (RFC 9112 §6.3; chunks: §7.1). */
@@ -1101,7 +1103,7 @@ function parseVersion(text: string): 0 | 1 | undefined {
   return minor === "0" ? 0 : 1;
 }
 
-const connectionOptions = remembered((connection: string) => parseList(connection.toLowerCase()));
+const connectionOptions = memoized((connection: string) => parseList(connection.toLowerCase()));
 
 /** RFC 9112 §9.3: HTTP/1.1 goes on unless told otherwise, HTTP/1.0 only if asked to. */
 function isPersistent(connection: string | undefined, minor: 0 | 1): boolean {
@@ -1148,7 +1150,7 @@ function fieldLines({ text, fields }: HeadFields): Field[] {
 const AUTHORITY = /^(?:(?!\.*(?::|$))(?:[0-9A-Za-z\-._~!$&'()*+,;=%]+|\[[0-9A-Fa-f:.]+\])(?::(?<port>\d{0,5}))?)?$/;
 
 /** An authority in lower case; undefined if this is none. Remembered, since the same few come again and again. */
-const authorityOf = remembered((text: string): string | undefined => {
+const authorityOf = memoized((text: string): string | undefined => {
   const match = AUTHORITY.exec(text);
   return match !== null && Number(match[1] ?? 0) <= 65535 ? text.toLowerCase() : undefined;
 });
@@ -1304,7 +1306,7 @@ class Exchange implements Incoming {
     if (error instanceof Disconnected) throw error;
     if (error instanceof FramingError) this.#connection.close("linger");
     if (!isExpected || error.cause !== undefined) {
-      log.line(`error: ${this.line}: ${describe(isExpected ? error.cause : error)}`);
+      log.notice(`error: ${this.requestLine}: ${errorText(isExpected ? error.cause : error)}`);
     }
     return isExpected || onError === undefined ? errorMessage(this, error) : this.#askOnError(onError, error);
   }
@@ -1314,7 +1316,7 @@ class Exchange implements Incoming {
       const content = await onError(error);
       if (content) return await representContent(this, content);
     } catch (error) {
-      this.server.log.line(`error in onError: ${describe(error)}`);
+      this.server.log.notice(`error in onError: ${errorText(error)}`);
     }
     return errorMessage(this, error);
   }
@@ -1402,7 +1404,7 @@ class Exchange implements Incoming {
       return sent;
     } catch (error) {
       if (before === head || error instanceof Disconnected) throw error;
-      this.server.log.line(`answer broken off: ${this.line}: ${describe(error)}`);
+      this.server.log.notice(`answer broken off: ${this.requestLine}: ${errorText(error)}`);
       throw disconnected();
     } finally {
       // One that is in the middle of a piece would only listen after that: it is not waited for.
@@ -1424,7 +1426,7 @@ class Exchange implements Incoming {
   }
 
   /** The request line, safe to log. */
-  get line(): string {
+  get requestLine(): string {
     if (this.#refusal !== undefined) return "-";
     return escapeWire(this.headText.slice(0, this.headText.indexOf("\r\n")).replace(/["\\]/g, "\\$&"));
   }
@@ -1494,7 +1496,7 @@ class Exchange implements Incoming {
     const bytes = await this.bytes(), field = this.header("content-type") ?? "text/plain";
     const label = /;[ \t]*charset="?([^\s";]+)/i.exec(field)?.[1]?.toLowerCase();
     if (label !== undefined && !LABELS.includes(label)) throw new HttpError(415, `The charset "${label}" is unknown`);
-    const said = label === undefined ? saidEncoding(bytes, essenceOf(field)) : encodingOf(label);
+    const said = label === undefined ? evidentEncoding(bytes, essenceOf(field)) : encodingOf(label);
     const inForce = new Map([[this.charset, IN_FORCE_BITS]]);
     const encoding = sniffByteOrderMark(bytes) ?? said ?? detectedEncoding(bytes, inForce, false).encoding;
     return decodeText(bytes, encoding ?? this.charset);
@@ -1750,15 +1752,15 @@ interface Evidence {
   readonly site: Site;
   /** What the place is kept under in the site's places. */
   readonly key: string;
-  readonly looks: Look[];
+  readonly observations: Observation[];
   /** When all was last looked at itself, when anything was, and when the last of all this changed, in milliseconds. */
   since: number;
-  looked: number;
+  checkedAt: number;
   changed: number;
 }
 
 /** A path that was looked at. */
-interface Look {
+interface Observation {
   readonly path: string;
   readonly found: Found | undefined;
   /** If nothing was found, the folder, unless it just changed: what is missing cannot appear without changing it. */
@@ -1801,7 +1803,7 @@ function locateFile(exchange: Exchange): Resource {
 /** A file of ROOT that the server itself looks for. */
 function placeOfName(server: HttpServer, name: string, status: 200 | 404): Resource | undefined {
   return placeOf(server, `\0${status} ${name}`, (evidence) => {
-    const { site } = evidence, path = pathBelow(site, name), found = site.isFile ? undefined : look(evidence, path);
+    const { site } = evidence, path = pathBelow(site, name), found = site.isFile ? undefined : observe(evidence, path);
     return found?.info.isFile ? fileResource(path, found, evidence, status) : undefined;
   });
 }
@@ -1810,29 +1812,29 @@ function placeOfName(server: HttpServer, name: string, status: 200 | 404): Resou
 function placeOf(server: HttpServer, key: string, find: (evidence: Evidence) => Resource | undefined) {
   const site = server.site(), now = Date.now();
   let place = site.places.get(key);
-  if (place === undefined || !isBelieved(place.evidence, now) && !isStillTrue(place.evidence, now)) {
-    const evidence: Evidence = { site, key, looks: [], since: now, looked: now, changed: 0 };
+  if (place === undefined || !isFresh(place.evidence, now) && !isStillTrue(place.evidence, now)) {
+    const evidence: Evidence = { site, key, observations: [], since: now, checkedAt: now, changed: 0 };
     place = { resource: find(evidence), evidence };
     site.places.set(copyOf(key), place, PLACE_SIZE);
   }
   return place.resource;
 }
 
-function isBelieved({ looked, changed }: Evidence, now: number): boolean {
-  return now - looked < lifetimeOf(looked - changed) && now >= looked;
+function isFresh({ checkedAt, changed }: Evidence, now: number): boolean {
+  return now - checkedAt < freshnessLifetime(checkedAt - changed) && now >= checkedAt;
 }
 
 /** Looks again at all that something was decided by. */
 function isStillTrue(evidence: Evidence, now: number): boolean {
   const { site } = evidence, isOld = now - evidence.since >= LONGEST_ABSENCE;
-  const isTrue = evidence.looks.every(({ path, found, folder }) => {
+  const isTrue = evidence.observations.every(({ path, found, folder }) => {
     // What was reached without a link is the same thing if its identity is, however it is reached now.
     if (found?.real === path) return isDirect(site, path, now) && isSameState(statOf(path), found.info);
     if (folder !== undefined && !isOld && isSameState(statOf(parentOf(path)), folder)) return true;
     const again = findInside(site, path);
     return again?.real === found?.real && (again === found || isSameState(again?.info, found!.info));
   });
-  evidence.looked = now;
+  evidence.checkedAt = now;
   if (isOld) evidence.since = now;
   return isTrue;
 }
@@ -1845,7 +1847,7 @@ function isDirect({ path: root, direct }: Site, path: string, now: number): bool
     direct.since = now;
     direct.folders.clear();
   }
-  if (!direct.folders.has(folder) && orNothing(() => Deno.realPathSync(folder)) === folder) direct.folders.add(folder);
+  if (!direct.folders.has(folder) && ifPresent(() => Deno.realPathSync(folder)) === folder) direct.folders.add(folder);
   return direct.folders.has(folder);
 }
 
@@ -1869,28 +1871,28 @@ function changeTime({ mtime, ctime }: FileInfo, now: number): number {
 /** The folder that a path is missing in; undefined if that is not there either, or is only passing by. */
 function folderWithout(path: string): Deno.FileInfo | undefined {
   const folder = parentOf(path), info = statOf(folder);
-  const isThere = info !== undefined && orNothing(() => Deno.realPathSync(folder)) === folder;
+  const isThere = info !== undefined && ifPresent(() => Deno.realPathSync(folder)) === folder;
   return isThere && statOf(path) === undefined ? info : undefined;
 }
 
 /** How long something is believed to be unchanged that last changed so long ago; both in milliseconds. */
-function lifetimeOf(age: number): number {
+function freshnessLifetime(age: number): number {
   return Math.min(LONGEST_LIFETIME, Math.max(0, (age - GRANULARITY) * LIFETIME_SHARE));
 }
 
 /** Looks at a path, and notes what was there. */
-function look(evidence: Evidence, path: string): Found | undefined {
+function observe(evidence: Evidence, path: string): Found | undefined {
   const found = findInside(evidence.site, path);
   const folder = found === undefined ? folderWithout(path) : undefined, info = found?.info ?? folder;
-  const changed = info === undefined ? evidence.looked : changeTime(info, evidence.looked);
+  const changed = info === undefined ? evidence.checkedAt : changeTime(info, evidence.checkedAt);
   evidence.changed = Math.max(evidence.changed, changed);
-  evidence.looks.push({ path, found, folder: evidence.looked - changed > GRANULARITY ? folder : undefined });
+  evidence.observations.push({ path, found, folder: evidence.checkedAt - changed > GRANULARITY ? folder : undefined });
   return found;
 }
 
 /** What a path leads to, if links do not lead it out of ROOT. */
 function findInside(site: Site, path: string): Found | undefined {
-  const real = orNothing(() => Deno.realPathSync(path));
+  const real = ifPresent(() => Deno.realPathSync(path));
   if (real === undefined || !isInside(site, real)) return undefined;
   // A link, or a short name on Windows, may stand for a name that is hidden.
   if (isHidden(site, namesBelow(site, real)) && !isHidden(site, namesBelow(site, path))) return undefined;
@@ -1900,7 +1902,7 @@ function findInside(site: Site, path: string): Found | undefined {
 
 /** What is at a path. No link is followed. */
 function statOf(path: string): Deno.FileInfo | undefined {
-  return orNothing(() => Deno.lstatSync(path));
+  return ifPresent(() => Deno.lstatSync(path));
 }
 
 /** Whether a path without links may be served: it is ROOT, or below it. */
@@ -1910,16 +1912,16 @@ function isInside({ server, path }: Site, real: string): boolean {
 }
 
 /** What the file system gives; undefined for what is not there. Throws 403 or 503 for what it withholds. */
-function orNothing<T>(attempt: () => T): T | undefined {
+function ifPresent<T>(attempt: () => T): T | undefined {
   try {
     return attempt();
   } catch (error) {
-    return absence(error);
+    return undefinedIfAbsent(error);
   }
 }
 
 /** Errors of the file system that say that nothing is there: also a name that is too long, and links in a circle. */
-function absence(error: unknown): undefined {
+function undefinedIfAbsent(error: unknown): undefined {
   // Deno's own errors have the system's code, as those of `node:fs` have.
   const { code = "" } = error as { code?: string };
   if (["ENOENT", "ENOTDIR", "ENAMETOOLONG", "ELOOP"].includes(code)) return undefined;
@@ -1968,13 +1970,13 @@ function readingsOfPath(path: string, charset: string, { sourceCharset }: Settin
 
 function findRootFile(path: string, evidence: Evidence): Resource | undefined {
   const { site } = evidence;
-  const found = path === "/" || path === `/${nameOf(site.path)}` ? look(evidence, site.path) : undefined;
+  const found = path === "/" || path === `/${nameOf(site.path)}` ? observe(evidence, site.path) : undefined;
   return found?.info.isFile ? fileResource(site.path, found, evidence) : undefined;
 }
 
 /** What a path below ROOT leads to; `encoded` is the path as it came. */
 function findBelow(path: string, encoded: string, evidence: Evidence): Resource | undefined {
-  const { site } = evidence, find = (path: string) => look(evidence, path);
+  const { site } = evidence, find = (path: string) => observe(evidence, path);
   const segments = removeDotSegments(path), isFolder = /(?:^|\/)\.{0,2}$/.test(path);
   if (segments.some((name) => IMPOSSIBLE_NAME.test(name)) || isHidden(site, segments)) return undefined;
   const target = pathBelow(site, ...segments), found = find(target);
@@ -2459,7 +2461,7 @@ function ownCoding(accepted: readonly Coding[], size: number): Coding | undefine
 function siblingOf(file: FileFound, coding: Coding): FileFound | undefined {
   if (file.siblings.has(coding)) return file.siblings.get(coding);
   const path = file.path + (coding === "br" ? ".br" : ".gz"), { evidence } = file;
-  const found = evidence.site.isFile ? undefined : look(evidence, path);
+  const found = evidence.site.isFile ? undefined : observe(evidence, path);
   const isFresh = found?.info.isFile && (found.info.mtime?.getTime() ?? 0) >= (file.info.mtime?.getTime() ?? 0);
   const sibling = isFresh ? describeFile(found.real, nameOf(path), found.info, evidence) : undefined;
   file.siblings.set(coding, sibling);
@@ -2539,7 +2541,7 @@ async function natureOf(site: Site, file: NamedFile, sample: Uint8Array): Promis
   const rule = charsetRule(type);
   if (coding !== undefined || rule === "none") return { type, rule, encoding: undefined, isSure: false, coding };
   const partial = file.size > sample.length, { sourceCharset } = settings;
-  const said = saidEncoding(sample, type, partial) ??
+  const said = evidentEncoding(sample, type, partial) ??
     (sourceCharset !== "auto" && isValid(sample, sourceCharset, partial) ? sourceCharset : undefined);
   if (said !== undefined) return { type, rule, encoding: said, isSure: true };
   const { encoding, isSure } = detectedEncoding(sample, await neighbourHints(site, parentOf(file.path)), partial);
@@ -2575,7 +2577,7 @@ async function findHints(site: Site, folder: string): Promise<ReadonlyMap<string
   }
   const votes = new Map<string, number>();
   for (const path of paths) {
-    const encoding = await glance(site, path).catch(() => undefined);
+    const encoding = await encodingOfNeighbour(site, path).catch(() => undefined);
     if (encoding !== undefined && encoding !== "utf-8") votes.set(encoding, (votes.get(encoding) ?? 0) + 1);
   }
   const most = Math.max(...votes.values());
@@ -2583,11 +2585,11 @@ async function findHints(site: Site, folder: string): Promise<ReadonlyMap<string
 }
 
 /** What a file is in, if it says so, or if it is clear from its beginning. */
-async function glance(site: Site, path: string): Promise<string | undefined> {
+async function encodingOfNeighbour(site: Site, path: string): Promise<string | undefined> {
   using file = await openFile(site, path);
   const buffer = new Uint8Array(NEIGHBOUR_SAMPLE), length = file.read(buffer, 0);
   const sample = buffer.subarray(0, length), partial = length === buffer.length;
-  const said = saidEncoding(sample, typeOfExtension(path, site.server.settings.type) ?? "text/plain", partial);
+  const said = evidentEncoding(sample, typeOfExtension(path, site.server.settings.type) ?? "text/plain", partial);
   if (said !== undefined) return said === "gb18030" ? "gbk" : said;
   const { encoding, isSure } = detectedEncoding(sample, new Map(), partial);
   return isSure ? encoding : undefined;
@@ -2725,7 +2727,10 @@ let meetsPipes = false;
 async function openNow(path: string): Promise<OpenFile | undefined> {
   if (meetsPipes) return openWithoutWaiting(await fileSystem(), path);
   const opening = Deno.open(path);
-  const opened = opening.then((file) => ({ file: openedByDeno(file) }), (error) => ({ file: absence(error) }));
+  const opened = opening.then(
+    (file) => ({ file: openedByDeno(file) }),
+    (error) => ({ file: undefinedIfAbsent(error) }),
+  );
   const inTime = await within(OPEN_TIME, opened);
   if (inTime !== undefined) return inTime.file;
   meetsPipes = true;
@@ -2750,7 +2755,7 @@ const fileSystem = lazily(async (): Promise<FileSystem> => (await import("node:f
 /** The same by way of `node:fs`, which can be told not to wait, nor to follow a link. */
 function openWithoutWaiting(fs: FileSystem, path: string): OpenFile | undefined {
   const { O_RDONLY, O_NONBLOCK = 0, O_NOFOLLOW = 0 } = fs.constants;
-  const descriptor = orNothing(() => fs.openSync(path, O_RDONLY | O_NONBLOCK | O_NOFOLLOW));
+  const descriptor = ifPresent(() => fs.openSync(path, O_RDONLY | O_NONBLOCK | O_NOFOLLOW));
   if (descriptor === undefined) return undefined;
   const stat = () => {
     const stats = fs.fstatSync(descriptor), { size, mtime, birthtime, ino, dev, nlink } = stats;
@@ -2771,7 +2776,7 @@ function readFully(readSome: (rest: Uint8Array) => number, buffer: Uint8Array): 
 }
 
 /** How many looks decide that something was reached without a link. */
-const LOOKS = 40;
+const RACE_CHECKS = 40;
 
 /**
  * Whether a path leads to this very thing without a link. There is no one call that says so, and a folder may be
@@ -2779,12 +2784,12 @@ const LOOKS = 40;
  * thing? Which of the two is asked is left to chance each time, so that no rhythm of swaps can suit all of them.
  */
 function isReached(path: string, isIt: (info: FileInfo) => boolean): boolean {
-  const isFree = () => orNothing(() => Deno.realPathSync(path)) === path;
+  const isFree = () => ifPresent(() => Deno.realPathSync(path)) === path;
   const leadsThere = () => {
     const info = statOf(path);
     return info !== undefined && isIt(info);
   };
-  return Array.from({ length: LOOKS }).every(() => Math.random() < 0.5 ? isFree() : leadsThere());
+  return Array.from({ length: RACE_CHECKS }).every(() => Math.random() < 0.5 ? isFree() : leadsThere());
 }
 
 /** A file that is too large to be kept. */
@@ -2865,7 +2870,7 @@ async function* convertPieces(
   const isSeekable = !/^(?:utf-16|iso-2022)/.test(stored) && encoding !== "iso-2022-jp";
   let rest = new Uint8Array(), read = from, sent = to;
   for await (const piece of streamFile(file, CONVERTED_PIECE).read(from)) {
-    await workTurn();
+    await yieldToOthers();
     const isLast = (read += piece.length) >= file.size, bytes = rest.length > 0 ? concat([rest, piece]) : piece;
     const lineEnd = isLast || !isSeekable ? bytes.length : bytes.lastIndexOf(LF) + 1;
     const end = lineEnd === 0 ? bytes.length : lineEnd;
@@ -2885,7 +2890,7 @@ async function* convertPieces(
 }
 
 /** Codings that a client accepts, unless it prefers the bytes uncompressed; best first (RFC 9110 §12.5.3). */
-const acceptedCodings = remembered((accept: string | undefined): readonly Coding[] => {
+const acceptedCodings = memoized((accept: string | undefined): readonly Coding[] => {
   if (accept === undefined) return [];
   const qualities = parseAccept(accept);
   const quality = (coding: string) =>
@@ -2955,7 +2960,7 @@ async function compressNow(make: () => Uint8Array<ArrayBuffer>, coding: Coding):
 async function writeAll(stream: WritableStream<BufferSource>, bytes: Uint8Array<ArrayBuffer>): Promise<void> {
   const writer = stream.getWriter();
   for (let at = 0; at < bytes.length; at += COMPRESSION_PIECE) {
-    if (at > 0) await workTurn();
+    if (at > 0) await yieldToOthers();
     await writer.write(bytes.subarray(at, at + COMPRESSION_PIECE));
   }
   await writer.close();
@@ -3378,7 +3383,7 @@ class Writer {
   }
 
   /** Encoding §4.1: what the error mode makes of a character. */
-  lose(codePoint: number, units: number): void {
+  writeUnmappable(codePoint: number, units: number): void {
     this.lost++;
     if (this.mode === "fatal") {
       const name = "U+" + codePoint.toString(16).toUpperCase().padStart(4, "0");
@@ -3454,7 +3459,7 @@ function writeRare(text: string, at: number, { astral, pointers }: Repertoire, w
     writer.bytes[writer.length++] = 0x30 + Math.trunc(pointer / 1260) % 10;
     writer.bytes[writer.length++] = 0x81 + Math.trunc(pointer / 10) % 126;
     writer.bytes[writer.length++] = 0x30 + pointer % 10;
-  } else writer.lose(codePoint, rest);
+  } else writer.writeUnmappable(codePoint, rest);
   return wide;
 }
 
@@ -3488,8 +3493,9 @@ function writeIso2022Jp(
     if (codePoint < 0x80) {
       // Roman is ASCII but for two characters. What could be an escape sequence is an error.
       if (state !== ROMAN || codePoint === 0x5c || codePoint === 0x7e) enter(ASCII);
-      if (codePoint === 0x0e || codePoint === 0x0f || codePoint === 0x1b) writer.lose(0xfffd, text.length - i);
-      else writer.bytes[writer.length++] = codePoint;
+      if (codePoint === 0x0e || codePoint === 0x0f || codePoint === 0x1b) {
+        writer.writeUnmappable(0xfffd, text.length - i);
+      } else writer.bytes[writer.length++] = codePoint;
     } else if (roman !== 0) {
       enter(ROMAN);
       writer.bytes[writer.length++] = roman;
@@ -3499,7 +3505,7 @@ function writeIso2022Jp(
       writer.bytes[writer.length++] = code;
     } else {
       if (state === JIS0208) enter(ASCII);
-      writer.lose(codePoint, text.length - i);
+      writer.writeUnmappable(codePoint, text.length - i);
     }
   }
   writer.reserve(3, 0);
@@ -3847,7 +3853,7 @@ const LEVELS: ReadonlyMap<string, readonly (readonly [string, first: number, las
 interface Candidate {
   readonly encoding: string;
   /** The part of the world where it is used. */
-  readonly part: number;
+  readonly region: number;
   /** Bits for being seldom used. */
   readonly rarity: number;
   readonly languages: () => readonly Language[];
@@ -3873,10 +3879,10 @@ const ownCandidates = lazily(() =>
 );
 
 function candidates(rows: string): readonly Candidate[] {
-  return rows.trim().split(/\n(?! {4})/).flatMap((line, part) =>
+  return rows.trim().split(/\n(?! {4})/).flatMap((line, region) =>
     line.split(/[;\n]/).map((row) => {
       const [encoding = "", rarity, ...codes] = row.trim().split(" ");
-      return { encoding, part, rarity: Number(rarity), languages: lazily(() => codes.map(language)) };
+      return { encoding, region, rarity: Number(rarity), languages: lazily(() => codes.map(language)) };
     })
   );
 }
@@ -3932,7 +3938,7 @@ function detect(
  * What bytes themselves say of their encoding: a byte-order mark, a declaration, the zeros of UTF-16, the escape
  * sequences of ISO-2022-JP, or that they are UTF-8, though a few may be damaged.
  */
-function saidEncoding(bytes: Uint8Array, type: string, partial = false): string | undefined {
+function evidentEncoding(bytes: Uint8Array, type: string, partial = false): string | undefined {
   return sniffByteOrderMark(bytes) ?? declaredEncoding(bytes, type) ?? sniffUtf16(bytes) ?? sniffIso2022Jp(bytes) ??
     (isValid(bytes, "utf-8", partial) || isMostlyUtf8(bytes, partial) ? "utf-8" : undefined);
 }
@@ -3969,7 +3975,7 @@ function isLikelierUtf8(bytes: Uint8Array, charset: string): boolean {
 }
 
 function candidateOf(encoding: string): Candidate {
-  const other = { encoding, part: -1, rarity: 5, languages: everyLanguage };
+  const other = { encoding, region: -1, rarity: 5, languages: everyLanguage };
   return ownCandidates().find((candidate) => candidate.encoding === encoding) ?? other;
 }
 
@@ -4348,7 +4354,7 @@ const mixedUp = lazily(() => [
 
 /** What a pair costs: little where both are used in one part of the world, or much is written or read so. */
 function mixUpBits(written: Candidate, read: Candidate): number {
-  const isUsual = written.part === read.part || written.encoding === "utf-8" ||
+  const isUsual = written.region === read.region || written.encoding === "utf-8" ||
     ["utf-8", "windows-1252", "gbk"].includes(read.encoding);
   return MIX_UP + written.rarity + read.rarity + (isUsual ? 0 : UNUSUAL);
 }
@@ -4894,7 +4900,7 @@ function describeForPrograms({ name, isFolder, size, time }: FolderEntry) {
 /** The entries of one page, and how many the folder has, which was reached without a link. Throws 404 or 503. */
 async function readPage(site: Site, path: string, asked: ListingQuery) {
   for (let attempt = 0; attempt < LISTING_ATTEMPTS; attempt++) {
-    const folder = statOf(path), listed = await readFolder(site, path).catch(absence);
+    const folder = statOf(path), listed = await readFolder(site, path).catch(undefinedIfAbsent);
     if (folder === undefined || listed === undefined) throw new HttpError(404, "It is not there any more");
     const entries = await describePage(path, listed, asked);
     // If the folder was swapped for a link meanwhile, nothing from elsewhere may be shown.
@@ -4925,14 +4931,14 @@ async function readFolder(site: Site, path: string): Promise<Listed> {
     if (!settings.dotfiles && name.startsWith(".")) continue;
     // Links may lead anywhere: only a look tells. Other names are looked at when they are shown.
     const entry = isSymlink ? describeLink(site, pathBelow({ path }, name)) : undefined;
-    if (isSymlink && ++count % LISTING_SLICE === 0) await workTurn();
+    if (isSymlink && ++count % LISTING_SLICE === 0) await yieldToOthers();
     if (name.includes("\ufffd") && statOf(pathBelow({ path }, name)) === undefined) unreadable++;
     else if (isDirectory || entry?.isFolder) folders.push(name);
     else if (isFile || entry !== undefined) files.push(name);
     if (entry !== undefined) links.set(name, entry);
   }
   if (unreadable > 0) {
-    log.line(`names that are not UTF-8 cannot be served: ${unreadable} in ${path} (convmv renames them)`);
+    log.notice(`names that are not UTF-8 cannot be served: ${unreadable} in ${path} (convmv renames them)`);
   }
   return { folders: sortNames(folders), files: sortNames(files), links };
 }
@@ -4951,7 +4957,7 @@ async function describePage(path: string, listed: Listed, asked: ListingQuery) {
   const onPage = <T>(list: readonly T[]) => list.slice((page - 1) * LISTING_PAGE, page * LISTING_PAGE);
   const names = [folders, files].flatMap((names) => sort === "name" && descending ? names.toReversed() : names);
   for (const [i, name] of (sort === "name" ? onPage(names) : names).entries()) {
-    if (i % LISTING_SLICE === LISTING_SLICE - 1) await workTurn();
+    if (i % LISTING_SLICE === LISTING_SLICE - 1) await yieldToOthers();
     const entry = links.get(name) ?? describeEntry(pathBelow({ path }, name));
     if (entry !== undefined) entries.push(entry);
   }
@@ -5086,7 +5092,7 @@ const SEARCHED_FILE = 16 * 1024 * 1024;
 /** Text is read and looked at in pieces of this size, in bytes. */
 const SEARCHED_PIECE = 64 * 1024;
 /** Most searches at once, and longest that the next one waits, in milliseconds. */
-const SEARCHES = 2, SEARCH_PATIENCE = 5000;
+const SEARCHES = 2, SEARCH_WAIT = 5000;
 /** Results found within this time are sent together; after that much silence, white space is sent. In milliseconds. */
 const SEARCH_PACE = 100, SEARCH_SILENCE = 1000;
 /** What is shown of a line, and what of that stands before the first word, in UTF-16 code units. */
@@ -5192,24 +5198,21 @@ const searchQueue: (() => void)[] = [];
 async function searchTurn(): Promise<Disposable> {
   if (searches < SEARCHES) searches++;
   else {
-    const { promise, resolve, reject } = Promise.withResolvers<void>();
-    const timer = setTimeout(() => {
-      searchQueue.splice(searchQueue.indexOf(take), 1);
-      reject(new HttpError(503, "Other searches are under way", [["Retry-After", "5"]]));
-    }, SEARCH_PATIENCE);
-    const take = () => {
-      clearTimeout(timer);
-      resolve();
-    };
-    searchQueue.push(take);
-    await promise;
+    const { promise, resolve } = Promise.withResolvers<void>();
+    searchQueue.push(resolve);
+    await within(SEARCH_WAIT, promise);
+    const at = searchQueue.indexOf(resolve);
+    if (at >= 0) {
+      searchQueue.splice(at, 1);
+      throw new HttpError(503, "Other searches are under way", [["Retry-After", "5"]]);
+    }
   }
-  const next = () => {
-    const take = searchQueue.shift();
-    if (take === undefined) searches--;
-    else take();
+  const end = () => {
+    const next = searchQueue.shift();
+    if (next === undefined) searches--;
+    else next();
   };
-  return { [Symbol.dispose]: next };
+  return { [Symbol.dispose]: end };
 }
 
 function stopReason({ results, started }: Search): string | undefined {
@@ -5233,7 +5236,7 @@ async function* searchBelow(search: Search, root: string): AsyncGenerator<Hit | 
       const isFolder = i < listed.folders.length, below = [...path, name], link = listed.links.get(name);
       const real = link?.real ?? pathBelow({ path: folder }, name);
       if (isFolder && !folders.has(real)) folders.set(real, below);
-      if (++search.names % LISTING_SLICE === 0) await workTurn();
+      if (++search.names % LISTING_SLICE === 0) await yieldToOthers();
       const hit = search.inText && !isFolder ? await searchText(search, below, real) : undefined;
       yield hit ?? searchName(search, below, link ?? real);
     }
@@ -5262,7 +5265,7 @@ async function searchText(search: Search, path: readonly string[], real: string)
   // What is no text by its name is not even opened.
   if (type !== undefined && type !== "video/mp2t" && charsetRule(type) === "none") return undefined;
   try {
-    await workTurn();
+    await yieldToOthers();
     using file = await openNow(real);
     const info = file?.stat(), entry = info?.isFile ? entryOf(name, real, info) : undefined;
     if (file === undefined || entry === undefined || entry.isFolder) return undefined;
@@ -5386,7 +5389,7 @@ async function* piecesOf(file: OpenFile, size: number, sample: Uint8Array): Asyn
   if (size <= SEARCHED_PIECE) return yield sample;
   const buffer = new Uint8Array(SEARCHED_PIECE);
   for (let at = 0, count; at < size && (count = file.read(buffer, at)) > 0; at += count) {
-    await workTurn();
+    await yieldToOthers();
     yield buffer.subarray(0, Math.min(size - at, count));
   }
 }
@@ -5630,11 +5633,11 @@ function searchHtml(exchange: Exchange, { text, inText }: SearchQuery): string {
 // has no script and may run none: under a false label any text could turn into markup.
 
 const LAB_ROUTES: readonly Route[] = [
-  [/^\/$/, labPage, ["GET", "POST"]],
-  [/^\/text$/, textFixture, ["GET", "POST"]],
-  [/^\/detect$/, describeDetection, ["POST"]],
-  [/^\/diagnose$/, describeDiagnosis, ["GET", "POST"]],
-  [/^\/charsets$/, describeCharsets],
+  [/^\/$/, handlePage, ["GET", "POST"]],
+  [/^\/text$/, handleText, ["GET", "POST"]],
+  [/^\/detect$/, handleDetect, ["POST"]],
+  [/^\/diagnose$/, handleDiagnose, ["GET", "POST"]],
+  [/^\/charsets$/, handleCharsets],
 ];
 
 const GREETINGS: readonly (readonly [language: string, code: string, greeting: string])[] = [
@@ -5725,8 +5728,8 @@ async function readForm(incoming: Incoming): Promise<SentForm> {
 }
 
 /** `GET /`, `POST /`: the page. It shows the head of its own response, so its text is made when that is known. */
-async function labPage(incoming: Incoming): Promise<Answer> {
-  const { fields, file } = await readForm(incoming), declare = readParameter(fields, "declare", label);
+async function handlePage(incoming: Incoming): Promise<Answer> {
+  const { fields, file } = await readForm(incoming), declare = readParameter(fields, "declare", labelOption);
   const charset = readParameter(fields, "charset", encodingOption) ?? incoming.charset;
   const readings = file === undefined ? [] : detectAll(file), [likeliest] = readings;
   const given = file === undefined ? fields.get("text") : decodeText(file, likeliest?.charset ?? "utf-8");
@@ -5957,7 +5960,7 @@ ${table("response-head", "The response, as it went", responseHead)}</section>`;
 }
 
 /** `GET /diagnose`, `POST /diagnose`: what garbled a text, for programs. */
-async function describeDiagnosis(incoming: Incoming): Promise<Answer> {
+async function handleDiagnose(incoming: Incoming): Promise<Answer> {
   const text = incoming.method === "POST" ? await incoming.text() : incoming.query.get("text") ?? "";
   return { type: "application/json", body: JSON.stringify(diagnose(text), null, 1) + "\n" };
 }
@@ -5974,7 +5977,7 @@ interface Detection {
 const TOLD_READINGS = 8, TOLD_LENGTH = 1000;
 
 /** `POST /detect`: the charsets that bytes may be in, likeliest first, for programs. */
-async function describeDetection(incoming: Incoming): Promise<Answer> {
+async function handleDetect(incoming: Incoming): Promise<Answer> {
   return { type: "application/json", body: JSON.stringify(detectAll(await incoming.bytes()), null, 1) + "\n" };
 }
 
@@ -5984,7 +5987,7 @@ function detectAll(bytes: Uint8Array): Detection[] {
     text: decodeText(bytes, charset).slice(0, TOLD_LENGTH).toWellFormed(),
     confidence: Math.round(confidence * 1000) / 1000,
   });
-  const said = sniffByteOrderMark(bytes) ?? saidEncoding(bytes, "text/html");
+  const said = sniffByteOrderMark(bytes) ?? evidentEncoding(bytes, "text/html");
   // What bytes prove of themselves needs no comparison; a declaration may be wrong, but browsers believe it.
   const readings = detect(bytes).filter(({ encoding }) => encoding !== said).slice(0, TOLD_READINGS);
   if (said !== undefined) return [told(said, 1), ...readings.map(({ encoding }) => told(encoding, 0))];
@@ -6031,13 +6034,13 @@ ${
 }
 
 /** `GET /text`, `POST /text`: the text alone, so encoded and so labelled, in as many places as asked. */
-async function textFixture(incoming: Incoming): Promise<Answer> {
+async function handleText(incoming: Incoming): Promise<Answer> {
   const { query, charset } = incoming, get = (name: string) => query.get(name) || undefined;
   const text = incoming.method === "POST" ? await incoming.text() : get("text") ?? "";
   const type = readParameter(query, "type", mediaType) ?? "text/plain";
   const chunkSize = numberParameter(query, "chunk", 1, 65536), delay = numberParameter(query, "delay", 0, 10_000);
   const mode = readParameter(query, "unmappable", oneOf("auto", "html", "replacement", "fatal")) ?? "auto";
-  const declare = readParameter(query, "declare", label), meta = readParameter(query, "meta", label);
+  const declare = readParameter(query, "declare", labelOption), meta = readParameter(query, "meta", labelOption);
   const mark = query.has("bom") ? byteOrderMark(get("bom") ?? "1", charset) : NO_BYTES;
   const { bytes } = encodeText(declarationOf(type, meta) + text, charset, unmappableFor(mode, type));
   const body = concat([mark, bytes]);
@@ -6087,7 +6090,7 @@ function mediaType(text: string): string {
 }
 
 /** `GET /charsets`: all charsets, for programs. */
-function describeCharsets(): Answer {
+function handleCharsets(): Answer {
   const charsets = [...encodings()].map(([name, labels]) => {
     const sample = sampleOf(name);
     return { name, labels, kind: kindOf(name), sample, bytes: hex(encode(sample, name)) };
@@ -6165,7 +6168,7 @@ export class HttpError extends Error {
 /** Nobody can say where the request ends and the next one begins: it is answered, and the connection closed. */
 class FramingError extends HttpError {}
 
-function describe(error: unknown): string {
+function errorText(error: unknown): string {
   return error instanceof Error ? `${error.name}: ${error.message}` : String(error);
 }
 
@@ -6268,7 +6271,7 @@ function oneOf<const W extends string>(...words: W[]) {
 }
 
 /** A label need not exist to be declared: testers want wrong ones. It must only be a token. */
-function label(text: string): string {
+function labelOption(text: string): string {
   if (TOKEN.test(text)) return text;
   throw new UsageError("expected a label such as gbk, or none");
 }
@@ -6428,7 +6431,7 @@ const WORK_TIME = 8;
 let workedSince = 0, workLine: Promise<unknown> = Promise.resolve(), workers = 0;
 
 /** What takes long waits for this before each step of it: one step at a time, and others are served in between. */
-async function workTurn(): Promise<void> {
+async function yieldToOthers(): Promise<void> {
   if (workers === 0 && performance.now() - workedSince < WORK_TIME) return;
   workers++;
   await (workLine = workLine.then(() => pause(0)));
@@ -6482,11 +6485,11 @@ class Cache<V> {
   }
 }
 
-/** Most results that `remembered` keeps. */
-const REMEMBERED = 256;
+/** Most results that `memoized` keeps. */
+const MEMO_LIMIT = 256;
 
 /** The same function, but it remembers its last results: for values that most clients send alike. */
-function remembered<A, T>(make: (argument: A) => T): (argument: A) => T {
+function memoized<A, T>(make: (argument: A) => T): (argument: A) => T {
   const made = new Map<A, T>();
   let last: { readonly argument: A; readonly result: T } | undefined;
   return (argument) => {
@@ -6494,7 +6497,7 @@ function remembered<A, T>(make: (argument: A) => T): (argument: A) => T {
     if (last !== undefined && last.argument === argument) return last.result;
     let result = made.get(argument);
     if (result === undefined) {
-      if (made.size >= REMEMBERED) made.clear();
+      if (made.size >= MEMO_LIMIT) made.clear();
       made.set(typeof argument === "string" ? copyOf(argument) as A & string : argument, result = make(argument));
     }
     last = { argument, result };
@@ -6519,7 +6522,7 @@ function lazily<T>(make: () => T): () => T {
 /** Most text of the log that waits for a slow reader, in characters; what comes then is counted and dropped. */
 const LOG_LIMIT = 4 * 1024 * 1024;
 /** How long the end of a server waits for its last lines to be taken, in milliseconds. */
-const LOG_PATIENCE = 1000;
+const LOG_CLOSE_TIME = 1000;
 /** Most files whose detected charset is told. */
 const DETECTIONS = 1000;
 /** For how long lines are gathered, in milliseconds. */
@@ -6560,7 +6563,7 @@ class Log {
     const agent = this.#form === "combined" ? quoted("referer") + quoted("user-agent") : "";
     const rest = (lost ? ` lost=${lost}` : "") + (note === undefined ? "" : ` reason="${escapeControls(note)}"`);
     this.append(
-      `${exchange.remote} - ${exchange.user} [${this.#stamp()}] "${exchange.line}" ${status} ${bytes}${agent} "${
+      `${exchange.remote} - ${exchange.user} [${this.#stamp()}] "${exchange.requestLine}" ${status} ${bytes}${agent} "${
         charset ?? "-"
       }"${rest}\n`,
     );
@@ -6575,11 +6578,11 @@ class Log {
       : isSure
       ? `read as ${encoding}`
       : `perhaps ${encoding}`;
-    this.line(`${path} does not say its charset: ${found}`);
+    this.notice(`${path} does not say its charset: ${found}`);
   }
 
   /** Something that whoever runs the server should know. */
-  line(text: string): void {
+  notice(text: string): void {
     this.append(`charserve: ${escapeControls(text)}\n`);
   }
 
@@ -6604,7 +6607,7 @@ class Log {
 
   /** Writes what is left, if somebody takes it. */
   async close(): Promise<void> {
-    await within(LOG_PATIENCE, this.#finish());
+    await within(LOG_CLOSE_TIME, this.#finish());
     clearTimeout(this.#timer);
   }
 
@@ -6675,7 +6678,7 @@ async function startWorkers(options: ServeOptions, count: number): Promise<Serve
     worker.onerror = (event) => {
       event.preventDefault();
       ended(worker);
-      log.line(`a worker died: ${event.message}`);
+      log.notice(`a worker died: ${event.message}`);
       // One that was listening is replaced.
       promise.then(() => replace(port), () => {});
       reject(new Error(`a worker died: ${event.message}`));
@@ -6739,7 +6742,7 @@ const VERSION = "0.1.0";
 /** RFC 7617 §2: no colon in the name, no control characters. An empty password is most likely a mistake. */
 const CREDENTIALS = /^[^:\p{Cc}]+:\P{Cc}+$/u;
 /** How long the package that splits the arguments may take to come, in milliseconds. */
-const PACKAGE_PATIENCE = 2000;
+const PACKAGE_TIME = 2000;
 
 interface Option {
   /** Title of the group that begins with this option. */
@@ -6778,7 +6781,7 @@ const OPTIONS = {
     help: "charset to send text in; without it, files keep theirs, and other text is UTF-8" },
   sourceCharset: { usage: "--source-charset <label>", read: orWord("auto", encodingOption), initial: "auto", needs: "root",
     help: "charset of files that do not say theirs" },
-  declare: { usage: "--declare <label>", read: label,
+  declare: { usage: "--declare <label>", read: labelOption,
     help: "charset that Content-Type claims, true or not; none: claim nothing" },
   unmappable: { usage: "--unmappable <mode>", read: oneOf("auto", "html", "replacement", "fatal"), initial: "auto",
     help: "what becomes of a character that the charset lacks; html: &#N;, replacement: ?, fatal: 500; " +
@@ -6948,7 +6951,7 @@ interface ArgumentsPackage {
 async function splitArguments(args: readonly string[]): Promise<Typed> {
   // The name is put together here: a literal one Deno would fetch before the first line runs, and wait for the network.
   const module = "parse-args", loading = import(`jsr:@std/cli@^1/${module}`).catch(() => undefined);
-  const loaded: ArgumentsPackage | undefined = await within(PACKAGE_PATIENCE, loading);
+  const loaded: ArgumentsPackage | undefined = await within(PACKAGE_TIME, loading);
   return loaded === undefined ? splitByNode(await import("node:util"), args) : splitByPackage(loaded, args);
 }
 
