@@ -51,7 +51,7 @@
  */
 
 // ── Server ───────────────────────────────────────────────────────────────────────────────────────
-// Accepts connections, serves each, keeps the time for all, and knows how to stop.
+// Accepts connections, serves each, enforces every timeout with one timer, and knows how to stop.
 
 /**
  * Starts a server.
@@ -124,7 +124,7 @@ export interface ServeOptions {
   onLog?: (lines: string) => void;
   /** Longest wait for a whole request head, in milliseconds. @default {10000} */
   headerTimeout?: number;
-  /** Longest silence of a client, in milliseconds. @default {60000} */
+  /** How long a client may stay silent, in milliseconds. @default {60000} */
   idleTimeout?: number;
   /** Most connections at once; the next one gets 503. @default {1000} */
   maxConnections?: number;
@@ -156,13 +156,13 @@ export interface Server extends AsyncDisposable {
   shutdown(grace?: number): Promise<void>;
 }
 
-/** Longest wait at the end for answers that are under way, in milliseconds. */
+/** How long a shutdown waits for answers under way, in milliseconds. */
 const DRAIN_TIME = 10_000;
 /** After SIGTERM, how long idle connections stay open for a request that may be on its way, in milliseconds. */
 const IDLE_GRACE = 1000;
-/** How often, and how long each time, in milliseconds, to look whether the system has more connections for us. */
+/** How many times, and how long each, to wait for connections that the system has not handed over yet; in milliseconds. */
 const BACKLOG_TURNS = 10, BACKLOG_TURN = 50;
-/** How long to wait before accepting again when the system has no more files, in milliseconds. */
+/** How long to wait before accepting again when the process may open no more files, in milliseconds. */
 const ACCEPT_BACKOFF = 100;
 
 /** Lets scripts of other sites read answers, and their fields (Fetch §3.2.3). */
@@ -174,7 +174,7 @@ const CORS_FIELDS: readonly Field[] = [
   ],
 ];
 
-/** What systems say of a client that is gone before it is accepted. */
+/** Errors that mean that a client disconnected before it was accepted. */
 const DISCONNECT_ERRORS = [Deno.errors.NotConnected, Deno.errors.ConnectionAborted, Deno.errors.ConnectionReset];
 
 class HttpServer implements Server {
@@ -186,7 +186,7 @@ class HttpServer implements Server {
   readonly secure: boolean;
   readonly log: Log;
   readonly options: ServeOptions;
-  /** What is added to every head; and where caching it would be wrong. */
+  /** Fields added to every response; and those added where what the user says about caching would be wrong. */
   readonly added: AddedFields;
   readonly addedUncached: AddedFields;
   draining = false;
@@ -204,11 +204,11 @@ class HttpServer implements Server {
   #drainDeadline = Infinity;
   #idleDeadline = Infinity;
   #stopping: Promise<void> | undefined;
-  /** Connections that were closed, but are still there. */
+  /** Closed TLS connections whose handshake is still pending: Deno keeps their sockets. */
   #handshaking = 0;
   /** Connections accepted so far. */
   #accepted = 0;
-  /** ROOT as it was at the last look, when that was, and how long it is believed, in milliseconds. */
+  /** ROOT as it was when it was last checked, when that was, and how long that stays fresh, in milliseconds. */
   #site: Site | undefined;
   #checkedAt = 0;
   #lifetime = 0;
@@ -249,13 +249,15 @@ class HttpServer implements Server {
     }
   }
 
-  /** ROOT, where its name leads now. Throws 503 if that is nowhere. */
+  /** ROOT, resolved again if the last result is stale. Throws 503 if it does not exist. */
   site(): Site {
     const now = Date.now();
     if (this.#site === undefined || now - this.#checkedAt >= this.#lifetime || now < this.#checkedAt) {
       this.#checkRoot(now);
     }
-    if (this.#site === undefined) throw new HttpError(503, "The folder to serve is not there", [["Retry-After", "1"]]);
+    if (this.#site === undefined) {
+      throw new HttpError(503, "The folder to serve does not exist", [["Retry-After", "1"]]);
+    }
     return this.#site;
   }
 
@@ -263,9 +265,9 @@ class HttpServer implements Server {
     const isFirst = this.#checkedAt === 0, last = this.#site;
     const path = isFirst ? Deno.realPathSync(this.root!) : ifPresent(() => Deno.realPathSync(this.root!));
     const info = path === undefined ? undefined : statOf(path);
-    if (info === undefined && last !== undefined) this.log.notice(`ROOT is not there any more: ${this.root}`);
+    if (info === undefined && last !== undefined) this.log.notice(`ROOT no longer exists: ${this.root}`);
     const isSame = info !== undefined && last !== undefined && last.path === path && isSameFile(info, last.info);
-    // Another folder under the same name is another site: nothing that was kept is true of it.
+    // Another folder under the same name is another site: everything that was kept is void.
     if (!isSame) {
       this.#site = info &&
         {
@@ -289,9 +291,9 @@ class HttpServer implements Server {
         this.#take(await this.#listener.accept());
       } catch (error) {
         if (this.draining) return;
-        // A client that was gone before it was accepted is nothing.
+        // The client hung up before it was accepted: that is nothing.
         if (DISCONNECT_ERRORS.some((each) => error instanceof each)) continue;
-        // The system has no more files: others will close theirs.
+        // No more files may be opened: others will be closed.
         this.log.notice(`cannot accept a connection: ${(error as Error).message}`);
         await pause(ACCEPT_BACKOFF);
       }
@@ -309,7 +311,7 @@ class HttpServer implements Server {
     this.#queue.connections++;
     const served = isFull ? refuseConnection(this, connection) : serveConnection(this, connection);
     const handshake = "handshake" in conn ? (conn as Deno.TlsConn).handshake() : undefined;
-    handshake?.catch(() => {}); // Reading finds out.
+    handshake?.catch(() => {}); // The first read fails, too, and is handled.
     served.finally(() => {
       this.#connections.delete(connection);
       this.#queue.connections--;
@@ -326,7 +328,7 @@ class HttpServer implements Server {
     return [...this.#connections].filter(({ isIdle }) => !isIdle).length;
   }
 
-  /** One look at all connections: whose time is up? */
+  /** Closes every connection whose deadline has passed. */
   #sweep(): void {
     const now = this.#clock.now = performance.now();
     if (now > this.#drainDeadline) return this.#cutOff();
@@ -336,7 +338,7 @@ class HttpServer implements Server {
     }
   }
 
-  /** Ends what takes too long to end. */
+  /** Closes the connections that do not finish in time. */
   #cutOff(): void {
     const { pending } = this;
     if (pending > 0) this.log.notice(`stopped with ${pending} ${pending === 1 ? "answer" : "answers"} unfinished`);
@@ -433,7 +435,7 @@ function hostChecker(hosts: ReadonlySet<string> | undefined): (authority: string
   };
 }
 
-/** Refuses at the start what could never be served. */
+/** Throws if the fallback does not exist. */
 function checkFallback(site: Site, fallback: string | undefined): void {
   if (fallback !== undefined) Deno.realPathSync(pathBelow(site, fallback));
 }
@@ -487,7 +489,7 @@ interface Clock extends Readonly<Record<Waiting, number>> {
  */
 type Ending = "no" | "close" | "linger" | "closed";
 
-/** The client is gone, or was sent away: nobody is left to be told. */
+/** The client disconnected, or was cut off: nobody is left to be answered. */
 class Disconnected extends Error {}
 const disconnected = lazily(() => new Disconnected());
 
@@ -522,7 +524,7 @@ function nextExchange(server: HttpServer, connection: Connection): Exchange | un
   }
 }
 
-/** Tells a client that there are too many. */
+/** Answers 503: there are too many connections. */
 async function refuseConnection(server: HttpServer, connection: Connection): Promise<void> {
   using _ = connection;
   try {
@@ -543,28 +545,32 @@ const ROUND_TIME = 5;
 /**
  * Who may read next, when many connections are busy. The runtime does only so many reads and writes before it looks
  * which sockets are ready, and then those that are served already come first: a few would go on, and all others wait.
- * So those that were served go to the end of a line. Up to `READS_AT_ONCE` connections, there is no line.
+ *
+ * So of many connections, no more than `READS_AT_ONCE` may wait for their next request at a time; one that comes back
+ * makes room for the next in the queue. Clients that have nothing to say would hold their place: a round ends after
+ * `ROUND_TIME`, and then as many others may read.
  */
 class ReadQueue {
   connections = 0;
   readonly #waiting: (() => void)[] = [];
+  /** The first in `#waiting` that still waits. */
   #next = 0;
-  /** Turns that were given and not used, in this round: after a while, their clients have nothing to say. */
+  /** How many of this round have not come back. */
   #outstanding = 0;
   #round = 1;
   #timer: ReturnType<typeof setTimeout> | undefined;
 
-  /** Waits for a turn, after the one of `round` (0 is none). Resolves with the round of the new one. */
+  /** Waits until a connection may read that last did so in `round`, 0 if never. Resolves with the round in which it may. */
   wait(round: number): number | Promise<number> {
     if (this.connections <= READS_AT_ONCE) return 0;
     if (round === this.#round) this.#outstanding--;
-    if (this.#outstanding < READS_AT_ONCE && this.#waiting.length === this.#next) return this.#give();
-    const turn = new Promise<number>((resolve) => this.#waiting.push(() => resolve(this.#give())));
+    if (this.#outstanding < READS_AT_ONCE && this.#waiting.length === this.#next) return this.#admit();
+    const turn = new Promise<number>((resolve) => this.#waiting.push(() => resolve(this.#admit())));
     this.#goOn();
     return turn;
   }
 
-  #give(): number {
+  #admit(): number {
     this.#outstanding++;
     return this.#round;
   }
@@ -635,7 +641,7 @@ class Connection implements Disposable {
     return head;
   }
 
-  /** What came instead of a head that can be parsed: its text, and what an answer to it needs. */
+  /** A head that cannot be parsed: its text, and what an answer to it needs. */
   takeRefused(): RequestHead {
     const text = latin1(this.#bytes.subarray(this.#start, Math.min(this.#end, this.#start + HEAD_LIMIT)));
     const method = text.startsWith("HEAD ") ? "HEAD" : "GET";
@@ -643,7 +649,7 @@ class Connection implements Disposable {
     return { ...nothing, text, method, minor: 1, persistent: false };
   }
 
-  /** Sends what is ready, then reads more of a head. Returns whether that is worth looking at. */
+  /** Sends what is ready, then reads more of a head. Returns false if no further request can come. */
   async receive(): Promise<boolean> {
     if (this.#ready.length > 0) {
       // As `flush` does, without its promises: this is the way of nearly every answer.
@@ -882,7 +888,7 @@ class RequestContent implements Disposable {
     }
   }
 
-  /** Counts memory that content is about to take. */
+  /** Reserves memory for content in the shared budget. Throws 503 when that is used up. */
   #reserve(size: number): number {
     // However long one may be, there is room for one: its buffer grows to twice its length at most.
     if (contentInMemory + size > Math.max(CONTENT_BUDGET, 2 * this.#limit + BUFFER_SIZE)) {
@@ -898,7 +904,7 @@ class RequestContent implements Disposable {
     this.#reserved = 0;
   }
 
-  /** In pieces that are only good until the next one is asked for (RFC 9112 §6.3; chunks: §7.1). */
+  /** Yields pieces, each valid until the next one is asked for (RFC 9112 §6.3; chunks: §7.1). */
   async *#read(): AsyncGenerator<Uint8Array, void> {
     if (this.#framing.kind === "length") yield* this.#readBytes(this.#framing.length);
     if (this.#framing.kind !== "chunked") return;
@@ -942,7 +948,7 @@ class RequestContent implements Disposable {
     }
   }
 
-  /** Reads at least one more byte. A drip does not extend the wait: after a while, a kilobyte a second must come. */
+  /** Reads at least one more byte. A drip does not extend the deadline: on average, a kilobyte a second must come. */
   async #fill(): Promise<void> {
     this.#since ??= this.#connection.time;
     this.#received += await this.#connection.receiveContent(this.#since + this.#received);
@@ -1551,7 +1557,7 @@ function admit(exchange: Exchange): Message | Promise<Message> | undefined {
 function authenticate(given: string | undefined, credentials: readonly string[]): void {
   if (isKnown(given, credentials)) return;
   const challenge: Field = ["WWW-Authenticate", 'Basic realm="charserve", charset="UTF-8"'];
-  throw new HttpError(401, "A name and a password are needed here", [challenge]);
+  throw new HttpError(401, "A name and a password are required", [challenge]);
 }
 
 /** Whether this is one of them. Every one is compared, in a time that says nothing of how much of it was right. */
@@ -1597,7 +1603,7 @@ function readLabel(label: string): string {
   }
 }
 
-/** The charset of the highest quality; the preferred one, if no other is liked better; undefined if none will do. */
+/** The charset of the highest quality; the preferred one, unless another is liked better; undefined if none is acceptable. */
 function acceptedCharset(accept: string, preferred: string): string | undefined {
   const qualities = new Map<string, number>();
   for (const [label, quality] of parseAccept(accept)) {
@@ -1654,7 +1660,7 @@ function withoutReferences(text: string, encoding: string): string {
 
 // ── Resource ─────────────────────────────────────────────────────────────────────────────────────
 // A target names a resource: a route that a program adds, or a file below ROOT. Nothing outside ROOT has a name
-// here. What a path leads to is kept, also that it leads to nothing, and looked at again after a moment.
+// here. What a path leads to is kept, also that it leads to nothing, and checked again after a moment.
 
 /** Answers the requests of a route. May throw {@linkcode HttpError}. */
 export type Handler = (incoming: Incoming) => Content | Promise<Content>;
@@ -1747,7 +1753,7 @@ interface Place {
   readonly evidence: Evidence;
 }
 
-/** What something was decided by. */
+/** The checks of the file system that something was decided by. */
 interface Evidence {
   readonly site: Site;
   /** What the place is kept under in the site's places. */
@@ -1763,7 +1769,7 @@ interface Evidence {
 interface Observation {
   readonly path: string;
   readonly found: Found | undefined;
-  /** If nothing was found, the folder, unless it just changed: what is missing cannot appear without changing it. */
+  /** If nothing was found, its folder, unless that just changed: a missing file cannot appear without changing it. */
   readonly folder: Deno.FileInfo | undefined;
 }
 
@@ -1777,9 +1783,9 @@ interface Found {
 const PLACE_SIZE = 4096;
 /** Longest that a file is believed to be missing because its folder has not changed, in milliseconds. */
 const LONGEST_ABSENCE = 10_000;
-/** Longest that something is believed without another look, in milliseconds. */
+/** How long something is taken to be unchanged at most, in milliseconds. */
 const LONGEST_LIFETIME = 1000;
-/** For this share of the time since it last changed, something is believed (RFC 9111 §4.2.2, heuristic freshness). */
+/** Freshness lifetime, as a share of the time since the last change (RFC 9111 §4.2.2, heuristic freshness). */
 const LIFETIME_SHARE = 0.01;
 /** Time within which a second change may not show, in milliseconds: Deno gives the time of the last change in seconds. */
 const GRANULARITY = 1050;
@@ -1792,7 +1798,7 @@ function locateFile(exchange: Exchange): Resource {
   const key = isPlain(path) ? path : `${path} ${exchange.charset}`;
   const found = placeOf(server, key, (evidence) => findPath(exchange, evidence));
   if (found !== undefined) return found;
-  // A page stands in for pages: whoever asks for a script or an image is not helped by one.
+  // The fallback stands in for pages only: it is of no use in the place of a script or an image.
   const isPage = typeOfExtension(percentDecodeText(path, "utf-8"), server.settings.type) === undefined;
   const page = fallback === undefined || !isPage ? undefined : placeOfName(server, fallback, 200);
   const instead = page ?? placeOfName(server, "404.html", 404);
@@ -1824,19 +1830,30 @@ function isFresh({ checkedAt, changed }: Evidence, now: number): boolean {
   return now - checkedAt < freshnessLifetime(checkedAt - changed) && now >= checkedAt;
 }
 
-/** Looks again at all that something was decided by. */
+/** Makes again every check that something was decided by. */
 function isStillTrue(evidence: Evidence, now: number): boolean {
-  const { site } = evidence, isOld = now - evidence.since >= LONGEST_ABSENCE;
-  const isTrue = evidence.observations.every(({ path, found, folder }) => {
-    // What was reached without a link is the same thing if its identity is, however it is reached now.
-    if (found?.real === path) return isDirect(site, path, now) && isSameState(statOf(path), found.info);
-    if (folder !== undefined && !isOld && isSameState(statOf(parentOf(path)), folder)) return true;
-    const again = findInside(site, path);
-    return again?.real === found?.real && (again === found || isSameState(again?.info, found!.info));
-  });
+  const isOld = now - evidence.since >= LONGEST_ABSENCE;
+  const isTrue = evidence.observations.every((each) =>
+    each.folder !== undefined && !isOld ? isStillAbsent(evidence.site, each) : isUnchanged(evidence.site, each, now)
+  );
   evidence.checkedAt = now;
   if (isOld) evidence.since = now;
   return isTrue;
+}
+
+/** Whether a path leads to what it led to, unchanged, or to nothing, as before. */
+function isUnchanged(site: Site, { path, found }: Observation, now: number): boolean {
+  // What was reached without a link is the same thing if its identity is, however it is reached now.
+  if (found?.real === path) return isDirect(site, path, now) && isSameState(statOf(path), found.info);
+  const again = findInside(site, path);
+  return again === undefined || found === undefined
+    ? again === found
+    : again.real === found.real && isSameState(again.info, found.info);
+}
+
+/** Whether nothing is at a path, since its folder has not changed; else it is looked for. */
+function isStillAbsent(site: Site, { path, folder }: Observation): boolean {
+  return isSameState(statOf(parentOf(path)), folder!) || findInside(site, path) === undefined;
 }
 
 /** Whether no folder on the way is a link by now: asked once for all that is in one, and again after a moment. */
@@ -1868,7 +1885,7 @@ function changeTime({ mtime, ctime }: FileInfo, now: number): number {
   return Math.max(0, ...times.filter((time) => time <= now));
 }
 
-/** The folder that a path is missing in; undefined if that is not there either, or is only passing by. */
+/** The folder that lacks a path; undefined if the folder itself is missing, or reached by a link. */
 function folderWithout(path: string): Deno.FileInfo | undefined {
   const folder = parentOf(path), info = statOf(folder);
   const isThere = info !== undefined && ifPresent(() => Deno.realPathSync(folder)) === folder;
@@ -1911,7 +1928,7 @@ function isInside({ server, path }: Site, real: string): boolean {
     real.startsWith(path.endsWith(SEPARATOR) ? path : path + SEPARATOR);
 }
 
-/** What the file system gives; undefined for what is not there. Throws 403 or 503 for what it withholds. */
+/** The result of a call to the file system; undefined if nothing is there. Throws 403 or 503 if it cannot be had. */
 function ifPresent<T>(attempt: () => T): T | undefined {
   try {
     return attempt();
@@ -1926,7 +1943,7 @@ function undefinedIfAbsent(error: unknown): undefined {
   const { code = "" } = error as { code?: string };
   if (["ENOENT", "ENOTDIR", "ENAMETOOLONG", "ELOOP"].includes(code)) return undefined;
   if (["EACCES", "EPERM"].includes(code) || error instanceof Deno.errors.NotCapable) {
-    throw new HttpError(403, "The system does not let the server read this", [], { cause: error });
+    throw new HttpError(403, "The server is not permitted to read this", [], { cause: error });
   }
   if (["EMFILE", "ENFILE"].includes(code)) {
     throw new HttpError(503, "Too many files are open", [["Retry-After", "1"]]);
@@ -2029,11 +2046,11 @@ interface FileFound {
   readonly size: number;
   /** Last modification, in milliseconds: not later than now (RFC 9110 §8.8.2.1). */
   readonly time: number;
-  /** Until when another change might not show in its times, in milliseconds. */
+  /** Until when another change could leave it with the same times, in milliseconds. */
   readonly settles: number;
-  /** Whether that time was over when the file was last read, or does not matter. */
+  /** Whether that moment had passed when the file was last read, or does not matter. */
   isSettled: boolean;
-  /** Differs between any two files, and any two states of one that show. */
+  /** Identifies the file and its state. */
   readonly tag: string;
   /** Of its content, if that was read before it was settled: tells two states apart that have the same times. */
   digest?: string;
@@ -2058,7 +2075,7 @@ function fileResource(path: string, { real, info }: Found, evidence: Evidence, s
   return { kind: "file", file: describeFile(real, nameOf(path), info, evidence), status };
 }
 
-/** Whether a file's time is another than that of its last change, which nobody can set. */
+/** Whether somebody set a file's time: then it is not that of its last change, which nobody can set. */
 function isTimeSet({ mtime, ctime }: FileInfo): boolean {
   const second = (time: Date | null) => Math.trunc((time?.getTime() ?? 0) / 1000);
   return ctime !== null && second(mtime) !== second(ctime);
@@ -2305,16 +2322,20 @@ async function representResponse({ status, headers, body }: Response): Promise<M
     if (!FRAMING_FIELDS.has(name)) fields.push(checkField(name, value));
   });
   if (body === null) return { status, fields, content: NO_BYTES };
-  const reader = body.getReader(), first = reader.read();
-  const start = await settlesSoon(first) ? await first : undefined;
-  if (start?.done) return { status, fields, content: NO_BYTES };
-  const second = start && reader.read();
-  if (start && await settlesSoon(second!) && (await second!).done) return { status, fields, content: start.value };
+  const reader = body.getReader(), ready: Uint8Array[] = [];
+  let next = reader.read();
+  // One piece, and then the end: it is there as a whole.
+  while (ready.length < 2 && await settlesSoon(next)) {
+    const { done, value } = await next;
+    if (done) return { status, fields, content: ready[0] ?? NO_BYTES };
+    ready.push(value);
+    next = reader.read();
+  }
+  next.catch(() => {}); // Whoever reads on is told.
   const read = async function* () {
     try {
-      const { done, value } = await first;
-      if (!done) yield value;
-      for (let piece = await (second ?? reader.read()); !piece.done; piece = await reader.read()) yield piece.value;
+      yield* ready;
+      for (let piece = await next; !piece.done; piece = await reader.read()) yield piece.value;
     } finally {
       await reader.cancel();
     }
@@ -2393,32 +2414,29 @@ const keyOf = ({ encoding, label, hasMark, coding }: Variant) =>
 
 /** The response to a request for a file that has to be read, or waited for. */
 async function loadFile(exchange: Exchange, found: FileFound, status: 200 | 404): Promise<Message> {
-  const { file, bytes } = await readShared(found);
+  const opened = await readShared(found), { file, bytes } = opened;
   const nature = file.nature ??= await natureOf(file.evidence.site, file, bytes);
-  const selected = select(exchange, file, nature);
-  const isBeside = selected.source !== file, isSettled = file.isSettled;
-  const source = isBeside ? await readShared(selected.source).catch(() => undefined) : { file, bytes };
-  if (source === undefined) {
-    // It is going, or coming: without it, then.
-    file.siblings.set(selected.coding!, undefined);
+  const selected = select(exchange, file, nature), { source, coding } = selected;
+  const sent = source === file ? opened : await readShared(source).catch(() => undefined);
+  if (sent === undefined) {
+    // The compressed file is just being removed, or written: answer without it.
+    file.siblings.set(coding!, undefined);
     return loadFile(exchange, file, status);
   }
-  const variant = { ...selected, source: source.file };
-  if (variant.source.size > BUFFERED_LIMIT) {
-    return reply(exchange, streamedMessage(variant), status);
-  }
-  const key = keyOf(variant);
-  let message = file.variants.get(key);
-  if (message === undefined) {
-    message = wholeMessage(variant, source.bytes);
-    // Whoever comes meanwhile waits for it, too. What may change unseen is made anew each time.
-    file.variants.set(key, message);
-    message.then(
-      (made) => isSettled && source.file.isSettled ? keep(file, key, made) : file.variants.delete(key),
-      () => file.variants.delete(key),
-    );
-  }
-  return reply(exchange, await message, status);
+  const variant = { ...selected, source: sent.file };
+  const message = sent.file.size > BUFFERED_LIMIT ? streamedMessage(variant) : await sharedMessage(variant, sent.bytes);
+  return reply(exchange, message, status);
+}
+
+/** A small file, as it will be sent: made once for all who ask meanwhile, and kept if it cannot change unnoticed. */
+function sharedMessage(variant: Variant, bytes: Uint8Array<ArrayBuffer>): WholeMessage | Promise<WholeMessage> {
+  const { file, source } = variant, key = keyOf(variant), isKept = file.isSettled && source.isSettled;
+  const shared = file.variants.get(key);
+  if (shared !== undefined) return shared;
+  const making = wholeMessage(variant, bytes), forget = () => void file.variants.delete(key);
+  file.variants.set(key, making);
+  making.then((made) => isKept ? keep(file, key, made) : forget(), forget);
+  return making;
 }
 
 function keep({ variants, evidence }: FileFound, key: string, message: WholeMessage): void {
@@ -2470,7 +2488,7 @@ function siblingOf(file: FileFound, coding: Coding): FileFound | undefined {
 
 const tagOf = ({ tag, digest }: FileFound) => digest === undefined ? tag : `${tag}.${digest}`;
 
-/** What a response for a file says of it. */
+/** Status, fields and validators of a response for a file. */
 function describeVariant(variant: Variant) {
   const { file, nature, encoding, label, hasMark, coding, source } = variant, { type, encoding: stored } = nature;
   const { settings } = file.evidence.site.server;
@@ -2584,7 +2602,7 @@ async function findHints(site: Site, folder: string): Promise<ReadonlyMap<string
   return new Map([...votes].map(([encoding, count]) => [encoding, NEIGHBOUR_BITS * count / most]));
 }
 
-/** What a file is in, if it says so, or if it is clear from its beginning. */
+/** What a file is in, if it says so, or if that is clear from its beginning. */
 async function encodingOfNeighbour(site: Site, path: string): Promise<string | undefined> {
   using file = await openFile(site, path);
   const buffer = new Uint8Array(NEIGHBOUR_SAMPLE), length = file.read(buffer, 0);
@@ -2627,9 +2645,9 @@ async function readFile(found: FileFound): Promise<Opened> {
 /** Largest file that is read to its end for its digest, in bytes. */
 const DIGEST_LIMIT = 64 * 1024 * 1024;
 
-/** Tells a file that changed lately by its content, since another change need not show otherwise. */
+/** Adds a digest to the tag of a file that changed lately: its times may not show the next change. */
 async function identify(file: FileFound, opened: OpenFile, bytes: Uint8Array<ArrayBuffer>, now: number) {
-  // What would take too long never matches anything, until it is settled.
+  // A file too large for that gets a tag that never matches, until it has settled.
   const digest = file.size > DIGEST_LIMIT ? crypto.randomUUID() : await digestOf(opened, bytes, file.size);
   file.isSettled = now >= file.settles;
   if (digest === file.digest) return;
@@ -2702,7 +2720,7 @@ async function openFile({ server: { settings } }: Site, path: string): Promise<O
     file[Symbol.dispose]();
   }
   if (statOf(path)?.isFile) throw fileChanged();
-  throw new HttpError(404, "Nothing is here any more");
+  throw new HttpError(404, "This file no longer exists");
 }
 
 /** What is known of a file, however it was looked at. */
@@ -2711,14 +2729,14 @@ type FileInfo = Pick<
   "isFile" | "isDirectory" | "size" | "mtime" | "ctime" | "birthtime" | "ino" | "dev" | "nlink"
 >;
 
-/** An open file, which is read at once: what is in the system's memory is there sooner than another thread could tell. */
+/** An open file, read synchronously: for what the system has in memory, that is faster than another thread. */
 interface OpenFile extends Disposable {
   stat(): FileInfo;
   /** Reads from `position` on, until the buffer is full or the file ends. Returns how many bytes were read. */
   read(buffer: Uint8Array, position: number): number;
 }
 
-/** Longest that opening a file may take, in milliseconds. Where a pipe has taken its place, it would take for ever. */
+/** Longest that opening a file may take, in milliseconds: a named pipe in its place would block for ever. */
 const OPEN_TIME = 2000;
 /** Whether that has happened: from then on, files are opened in the way that does not wait. */
 let meetsPipes = false;
@@ -2749,7 +2767,7 @@ function openedByDeno(file: Deno.FsFile): OpenFile {
 
 type FileSystem = typeof import("node:fs");
 
-/** What Deno has of Node's file system. Everything is slower once it is there: it is had when it is first needed. */
+/** Node's file system, loaded when it is first needed: everything is slower once it is there. */
 const fileSystem = lazily(async (): Promise<FileSystem> => (await import("node:fs")).default);
 
 /** The same by way of `node:fs`, which can be told not to wait, nor to follow a link. */
@@ -2868,25 +2886,38 @@ async function* convertPieces(
   const decoder = new TextDecoder(stored, { ignoreBOM: from > 0 });
   // Behind a line feed, an ASCII byte in all these, a decoder begins anew, and so does an encoder; but see ISO-2022-JP.
   const isSeekable = !/^(?:utf-16|iso-2022)/.test(stored) && encoding !== "iso-2022-jp";
-  let rest = new Uint8Array(), read = from, sent = to;
-  for await (const piece of streamFile(file, CONVERTED_PIECE).read(from)) {
+  let sent = to;
+  for await (const { bytes, end, isLast, isLineEnd } of blocksFrom(file, from)) {
     await yieldToOthers();
-    const isLast = (read += piece.length) >= file.size, bytes = rest.length > 0 ? concat([rest, piece]) : piece;
-    const lineEnd = isLast || !isSeekable ? bytes.length : bytes.lastIndexOf(LF) + 1;
-    const end = lineEnd === 0 ? bytes.length : lineEnd;
     carry.isLast = isLast;
-    const text = decoder.decode(bytes.subarray(0, end), { stream: !isLast });
-    const said = sent === 0 ? mark + rewriteDeclarations(text, type, encoding) : text;
-    const { bytes: encoded } = encodeText(said, encoding, mode, carry);
-    rest = bytes.slice(end);
+    const text = decoder.decode(bytes, { stream: !isLast });
+    const corrected = sent === 0 ? mark + rewriteDeclarations(text, type, encoding) : text;
+    const encoded = encodeText(corrected, encoding, mode, carry).bytes;
     sent += encoded.length;
-    const known = conversion.checkpoints.at(-1)!;
-    if (isSeekable && lineEnd > 0 && sent > known.to) {
-      conversion.checkpoints.push({ from: read - rest.length, to: sent });
-    }
+    const isNew = sent > conversion.checkpoints.at(-1)!.to;
+    if (isSeekable && isLineEnd && isNew) conversion.checkpoints.push({ from: end, to: sent });
     yield encoded;
   }
   conversion.length = sent;
+}
+
+/** Some of a file that is converted at once: whole lines, unless one is very long. */
+interface Block {
+  readonly bytes: Uint8Array;
+  /** Where it ends in the file. */
+  readonly end: number;
+  readonly isLineEnd: boolean;
+  readonly isLast: boolean;
+}
+
+async function* blocksFrom(file: FileFound, from: number): AsyncGenerator<Block> {
+  let rest = new Uint8Array(), read = from;
+  for await (const piece of streamFile(file, CONVERTED_PIECE).read(from)) {
+    const bytes = rest.length > 0 ? concat([rest, piece]) : piece, isLast = (read += piece.length) >= file.size;
+    const lineEnd = isLast ? bytes.length : bytes.lastIndexOf(LF) + 1, length = lineEnd || bytes.length;
+    rest = bytes.slice(length);
+    yield { bytes: bytes.subarray(0, length), end: read - rest.length, isLineEnd: lineEnd > 0, isLast };
+  }
 }
 
 /** Codings that a client accepts, unless it prefers the bytes uncompressed; best first (RFC 9110 §12.5.3). */
@@ -3675,7 +3706,7 @@ function decodeText(bytes: Uint8Array, encoding: string): string {
 function isValid(bytes: Uint8Array, encoding: string, partial = false): boolean {
   const text = new TextDecoder(encoding, { ignoreBOM: true }).decode(bytes, { stream: partial });
   if (!text.includes("\ufffd")) return true;
-  // U+FFFD may itself be there. To be told by an error would take longer than all of this.
+  // U+FFFD may itself be there. A decoder that throws would be slower than all of this.
   const { bytes: again, lost } = encodeText(text, encoding, "replacement");
   return /^(?:utf-|gb18030)/.test(encoding) && lost === 0 && again.every((byte, i) => byte === bytes[i]);
 }
@@ -4004,17 +4035,22 @@ function tellingBytes(bytes: Uint8Array): Uint8Array {
 
 function runsOf(bytes: Uint8Array): Uint8Array[] {
   const runs: Uint8Array[] = [];
-  for (let at = 0, end = 0; at < bytes.length; at++) {
-    if (bytes[at]! < 0x80) continue;
-    const start = Math.max(at - BESIDE, end), limit = Math.min(bytes.length, at + RUN);
-    for (end = at; at < limit && at <= end + 2 * BESIDE; at++) if (bytes[at]! >= 0x80) end = at;
-    end = Math.min(end + 1 + BESIDE, limit);
-    runs.push(bytes.subarray(start, end));
+  for (let free = 0, first; (first = skipAscii(bytes, free)) < bytes.length;) {
+    const limit = Math.min(bytes.length, first + RUN);
+    let last = first, at = first;
+    for (; at < limit && at <= last + 2 * BESIDE; at++) if (bytes[at]! > 0x7f) last = at;
+    const start = Math.max(first - BESIDE, free);
+    free = Math.min(last + 1 + BESIDE, limit);
+    runs.push(bytes.subarray(start, free));
     // After a run that was cut, the next one begins where no character can be: no trail byte is below 30.
-    while (at === limit && end < bytes.length && bytes[end]! >= 0x30) end++;
-    at = end - 1;
+    if (at === limit) { while (free < bytes.length && bytes[free]! >= 0x30) free++; }
   }
   return runs;
+}
+
+function skipAscii(bytes: Uint8Array, at: number): number {
+  while (at < bytes.length && bytes[at]! <= 0x7f) at++;
+  return at;
 }
 
 /** UTF-16 without a mark shows by the zero bytes of its ASCII, which stand on one side; what is no text does not. */
@@ -4901,7 +4937,7 @@ function describeForPrograms({ name, isFolder, size, time }: FolderEntry) {
 async function readPage(site: Site, path: string, asked: ListingQuery) {
   for (let attempt = 0; attempt < LISTING_ATTEMPTS; attempt++) {
     const folder = statOf(path), listed = await readFolder(site, path).catch(undefinedIfAbsent);
-    if (folder === undefined || listed === undefined) throw new HttpError(404, "It is not there any more");
+    if (folder === undefined || listed === undefined) throw new HttpError(404, "This folder no longer exists");
     const entries = await describePage(path, listed, asked);
     // If the folder was swapped for a link meanwhile, nothing from elsewhere may be shown.
     const shown = entries.filter(({ name }) => !listed.links.has(name));
@@ -4912,7 +4948,7 @@ async function readPage(site: Site, path: string, asked: ListingQuery) {
     const count = listed.folders.length + listed.files.length;
     if (site.server.settings.followLinks || isReached(path, isShown)) return { entries, count };
   }
-  throw new HttpError(503, "What is in this folder is changing", [["Retry-After", "1"]]);
+  throw new HttpError(503, "This folder is being changed", [["Retry-After", "1"]]);
 }
 
 /** The names in a folder, sorted, and the entries that are symbolic links, described. */
@@ -5093,7 +5129,7 @@ const SEARCHED_FILE = 16 * 1024 * 1024;
 const SEARCHED_PIECE = 64 * 1024;
 /** Most searches at once, and longest that the next one waits, in milliseconds. */
 const SEARCHES = 2, SEARCH_WAIT = 5000;
-/** Results found within this time are sent together; after that much silence, white space is sent. In milliseconds. */
+/** Results are sent at such intervals; after that much silence, a line feed is sent. In milliseconds. */
 const SEARCH_PACE = 100, SEARCH_SILENCE = 1000;
 /** What is shown of a line, and what of that stands before the first word, in UTF-16 code units. */
 const SNIPPET_LENGTH = 160, SNIPPET_START = 40;
@@ -5142,7 +5178,7 @@ interface TextLine {
 function readSearch(query: URLSearchParams): SearchQuery {
   const text = query.get("q") ?? "", words = [...new Set(fold(text.trim()).split(/\s+/))].filter(Boolean);
   if (text.length > QUERY_LENGTH || words.length > QUERY_WORDS) {
-    throw new HttpError(400, `A search is ${QUERY_WORDS} words and ${QUERY_LENGTH} characters at most`);
+    throw new HttpError(400, `Search for at most ${QUERY_WORDS} words, and ${QUERY_LENGTH} characters`);
   }
   return { text, words, inText: query.get("text") === "1" };
 }
@@ -5250,7 +5286,7 @@ function searchName({ site, words }: Search, path: readonly string[], at: Folder
   return entry && isThere(site, entry) ? { path, entry } : undefined;
 }
 
-/** Whether something found is in its place, and no link led there while it was looked at. */
+/** Whether something found is in its place still, and was not reached by a link. */
 function isThere({ server }: Site, { real, info }: FolderEntry): boolean {
   return server.settings.followLinks || isReached(real, (found) => isSameFile(found, info));
 }
@@ -5467,7 +5503,7 @@ function excerpt(line: string, index: number): string {
   return (start > 0 ? "…" : "") + cut.replace(/[\s\p{Cc}]+/gu, " ").trim() + (end < line.length ? "…" : "");
 }
 
-/** What is written in small letters, but is made large and small again not the same: ß is ss then, and ς is σ. */
+/** Letters whose case folding differs from their small form: ß is ss, and ς is σ. */
 const OTHERWISE_FOLDED = /[ßı\u01f0\u0345\u0390\u03b0ς\u1c80-\u1c88\u1e96-\u1e99\u1f50-\u1ffc]/g;
 
 /** One form for all texts that are the same but for case, width, and the form of Unicode (UAX 15, NFKC). */
@@ -5509,7 +5545,7 @@ function markupReader(): (piece: string, isLast: boolean) => string {
       const isCut = [comment, script, tag, other, bare, reference].includes("");
       if (!isCut) return meaningOf(token, groups);
       if (isLast) return reference === undefined ? "" : token;
-      // What is very long is told by its beginning and its end.
+      // Of a very long token, only the beginning and the end are kept.
       const isLong = token.length > SEARCHED_PIECE, skipped = isLong ? token.slice(64, -64) : "";
       rest = isLong ? token.slice(0, 64) + token.slice(-64) : token;
       return "\n".repeat(countLines(skipped));
@@ -5582,7 +5618,7 @@ function resultHtml({ path, entry, line }: Hit, words: readonly string[], suffix
   return `<li><p>${links.join(" ")} <small>${size}${timeHtml(entry.time)}</small></p>${shown ?? ""}</li>\n`;
 }
 
-/** What a search has seen, and why it ended before its end. */
+/** What was searched, and why the search stopped early. */
 function summary(search: Search): string {
   const { results, names, files, bytes, large, inText, started } = search, reason = stopReason(search);
   const count = (number: number, noun: string) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
@@ -5664,7 +5700,7 @@ const GREETINGS: readonly (readonly [language: string, code: string, greeting: s
   ["Emoji", "zxx", "👋🌍"],
 ];
 
-/** Charsets whose texts are taken for another's most often: they are shown first. */
+/** The charsets most often confused: they are shown first. */
 const USUAL_SUSPECTS = [
   "utf-8",
   "windows-1252",
@@ -5902,7 +5938,7 @@ function scrollable(label: string, table: string): string {
   return `<div class="scroll" tabindex="0" role="group" aria-labelledby="${label}"><table>${table}</table></div>`;
 }
 
-/** Control characters of a reading as pictures, so that none acts. */
+/** Control characters of a reading as visible pictures, so that they have no effect. */
 function controlPictures(text: string): string {
   // deno-lint-ignore no-control-regex
   return text.replace(/[\x00-\x1f]/g, (control) => `&#${0x2400 + control.charCodeAt(0)};`).replace(
@@ -5973,7 +6009,7 @@ interface Detection {
   readonly confidence: number;
 }
 
-/** Most readings that are told, and how much of the text of each, in characters. */
+/** Most readings reported, and how much of the text of each, in characters. */
 const TOLD_READINGS = 8, TOLD_LENGTH = 1000;
 
 /** `POST /detect`: the charsets that bytes may be in, likeliest first, for programs. */
@@ -6311,7 +6347,7 @@ function editDistance(a: string, b: string): number {
 
 /** `, did you mean X?` for the candidate with the least edit distance, if one is near. */
 function didYouMean(typed: string, candidates: readonly string[]): string {
-  if (typed.length > 40) return ""; // Nobody means that, and comparing it would take long.
+  if (typed.length > 40) return ""; // Too long for a slip, and slow to compare.
   const near = nearest(typed.toLowerCase(), candidates, Math.floor(typed.length / 3));
   return near === undefined ? "" : `, did you mean ${near}?`;
 }
@@ -6361,7 +6397,7 @@ function latin1(bytes: Uint8Array): string {
   if (text.length === bytes.length && !text.includes("\uFFFD")) return text;
   let exact = "";
   for (let at = 0; at < bytes.length; at += 4096) {
-    // To spread the bytes as arguments would walk through them one by one.
+    // Spread syntax would iterate over the bytes one by one.
     exact += Reflect.apply(String.fromCharCode, undefined, bytes.subarray(at, at + 4096));
   }
   return exact;
@@ -6427,7 +6463,7 @@ async function within<T>(time: number, promise: Promise<T>): Promise<T | undefin
 
 /** How long work goes on before others are served, in milliseconds. */
 const WORK_TIME = 8;
-/** When others were served last; what waits for its turn to work; and how much that is. */
+/** When the event loop last had its turn; the queue of work that waits; and how much that is. */
 let workedSince = 0, workLine: Promise<unknown> = Promise.resolve(), workers = 0;
 
 /** What takes long waits for this before each step of it: one step at a time, and others are served in between. */
@@ -6445,7 +6481,7 @@ interface Entry<V> {
   readonly size: number;
 }
 
-/** A cache with a limit in bytes. What was not asked for while half of it filled up is dropped, all at once. */
+/** A cache limited in bytes, of two generations: when the recent half is full, the older half is dropped. */
 class Cache<V> {
   readonly #limit: number;
   #recent = new Map<string, Entry<V>>();
@@ -6493,7 +6529,7 @@ function memoized<A, T>(make: (argument: A) => T): (argument: A) => T {
   const made = new Map<A, T>();
   let last: { readonly argument: A; readonly result: T } | undefined;
   return (argument) => {
-    // Most often it is the one of the last time.
+    // Usually it is the same as the last time.
     if (last !== undefined && last.argument === argument) return last.result;
     let result = made.get(argument);
     if (result === undefined) {
@@ -6521,7 +6557,7 @@ function lazily<T>(make: () => T): () => T {
 
 /** Most text of the log that waits for a slow reader, in characters; what comes then is counted and dropped. */
 const LOG_LIMIT = 4 * 1024 * 1024;
-/** How long the end of a server waits for its last lines to be taken, in milliseconds. */
+/** How long a server that ends waits for its last lines to be taken, in milliseconds. */
 const LOG_CLOSE_TIME = 1000;
 /** Most files whose detected charset is told. */
 const DETECTIONS = 1000;
@@ -6578,7 +6614,7 @@ class Log {
       : isSure
       ? `read as ${encoding}`
       : `perhaps ${encoding}`;
-    this.notice(`${path} does not say its charset: ${found}`);
+    this.notice(`${path} declares no charset: ${found}`);
   }
 
   /** Something that whoever runs the server should know. */
@@ -6605,7 +6641,7 @@ class Log {
     this.#timer = this.#lines === "" ? undefined : setTimeout(() => this.#flush(), LOG_INTERVAL);
   }
 
-  /** Writes what is left, if somebody takes it. */
+  /** Writes the last lines, unless whoever takes them is stuck. */
   async close(): Promise<void> {
     await within(LOG_CLOSE_TIME, this.#finish());
     clearTimeout(this.#timer);
@@ -6632,7 +6668,7 @@ function headOf(bytes: Uint8Array): string {
 
 /** A head, a line each: `>` from the client, `<` to it. Passwords are not shown. */
 function wireLines(connection: number, direction: string, head: string): string {
-  // Not in a refused head either, where a space may stand before the colon, and a value go on in the next line.
+  // Nor in a head that was refused, which may have a space before the colon, or go on in the next line.
   const shown = head.replace(/^((?:proxy-)?authorization[ \t]*:).*(?:\r?\n[ \t].*)*/gim, "$1 ***");
   return shown.replace(/\r\n$/, "").split("\r\n").map((line) => `[${connection}] ${direction} ${escapeWire(line)}\n`)
     .join("");
@@ -6760,7 +6796,7 @@ interface Option {
   /** What it has no effect without, and what it contradicts: other options, or ROOT. */
   readonly needs?: string;
   readonly excludes?: readonly string[];
-  /** What was typed must not be shown to anybody. */
+  /** Its value must never be shown. */
   readonly secret?: boolean;
 }
 
@@ -6892,7 +6928,7 @@ function extensionType(text: string): Readonly<Record<string, string>> {
   throw new UsageError("expected an extension and its type, such as .log=text/plain");
 }
 
-/** Reads `name:password`, or `@file`, whose lines are read at start. What is wrong with it is said without it. */
+/** Reads `name:password`, or `@file`, whose lines are read at start. Errors do not repeat it. */
 function credentials(text: string): string {
   if (CREDENTIALS.test(text) || /^@./s.test(text)) return text;
   throw new UsageError("expected name:password, neither of them empty, or @file");
@@ -6940,7 +6976,7 @@ interface Typed {
   readonly words: readonly string[];
 }
 
-/** As much of `@std/cli/parse-args` as is used. */
+/** The part of `@std/cli/parse-args` that is used. */
 interface ArgumentsPackage {
   parseArgs(args: readonly string[], options: {
     unknown: (argument: string, key: string | undefined, value: unknown) => unknown;
@@ -7115,7 +7151,7 @@ async function run(settings: CommandLine): Promise<void> {
   stopOnSignal(server);
   console.log(urlsOf(server.addr, settings.cert !== undefined).join("\n"));
   if (isAnyAddress(server.addr) && ownAddresses() === undefined) {
-    console.error("charserve: other machines need this one's address: add --allow-sys=networkInterfaces to see it");
+    console.error("charserve: add --allow-sys=networkInterfaces to see the addresses that other machines can use");
   }
   await server.finished;
 }

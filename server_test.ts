@@ -2004,7 +2004,7 @@ Deno.test("Site that is gone is a 503 until it is back, and one line of the log"
     }
   });
   const said = log.split("\n").filter((line) => line.startsWith("charserve:"));
-  assertEquals(said, Array(2).fill(`charserve: ROOT is not there any more: ${root}`));
+  assertEquals(said, Array(2).fill(`charserve: ROOT no longer exists: ${root}`));
 });
 
 Deno.test("Site that goes while a file is read leaves the server running", { ignore: ON_WINDOWS }, async () => {
@@ -4799,7 +4799,7 @@ Deno.test("The command line shows the addresses that other machines can use, or 
   const args = ["-p0", "--log=none", "--host", "0.0.0.0"];
   const { child, line } = await start(args, {});
   assertMatch(line, /^http:\/\/localhost:\d+\/$/);
-  assertMatch((await end(child)).stderr, /^charserve: other machines .* --allow-sys=networkInterfaces .*\n$/);
+  assertMatch((await end(child)).stderr, /^charserve: add --allow-sys=networkInterfaces .*\n$/);
   const allowed = await start(args, { permissions: ["--allow-net", "--allow-sys=networkInterfaces"] });
   assertEquals(await end(allowed.child), { code: 0, stderr: "" });
 });
