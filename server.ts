@@ -1502,9 +1502,10 @@ class Exchange implements Incoming {
     const bytes = await this.bytes(), field = this.header("content-type") ?? "text/plain";
     const label = /;[ \t]*charset="?([^\s";]+)/i.exec(field)?.[1]?.toLowerCase();
     if (label !== undefined && !LABELS.includes(label)) throw new HttpError(415, `The charset "${label}" is unknown`);
-    const said = label === undefined ? evidentEncoding(bytes, essenceOf(field)) : encodingOf(label);
     const inForce = new Map([[this.charset, IN_FORCE_BITS]]);
-    const encoding = sniffByteOrderMark(bytes) ?? said ?? detectedEncoding(bytes, inForce, false).encoding;
+    const encoding = label === undefined
+      ? encodingOfBytes(bytes, essenceOf(field), inForce).encoding
+      : sniffByteOrderMark(bytes) ?? encodingOf(label);
     return decodeText(bytes, encoding ?? this.charset);
   }
 
@@ -1521,7 +1522,7 @@ class Exchange implements Incoming {
     if (!URL.canParse(url)) throw new HttpError(400, `Cannot parse Host "${authority}"`);
     const headers = new Headers(fieldLines(this.head).map(([name, value]) => [name, value]));
     const hasContent = this.#content !== undefined && method !== "GET" && method !== "HEAD";
-    const body = hasContent ? ReadableStream.from(oncePromised(() => this.bytes())) : null;
+    const body = hasContent ? ReadableStream.from(onDemand(() => this.bytes())) : null;
     return new Request(url, { method, headers, body });
   }
 }
@@ -1582,7 +1583,8 @@ function isEqual(known: string, given: string): boolean {
   return difference === 0;
 }
 
-async function* oncePromised<T>(make: () => Promise<T>): AsyncGenerator<T> {
+/** One thing, which is asked for when it is wanted. */
+async function* onDemand<T>(make: () => Promise<T>): AsyncGenerator<T> {
   yield await make();
 }
 
@@ -2107,7 +2109,10 @@ export interface Answer {
   readonly headers?: Readonly<Record<string, string>>;
   /** Media type. @default text/html for text that begins with "<", text/plain for other text, else application/octet-stream */
   readonly type?: string;
-  /** Text, bytes, or a stream of bytes. */
+  /**
+   * Text, bytes, or a stream of bytes. A stream that may be silent for long should send something now and then (a comment
+   * in `text/event-stream`, say): only writing tells whether the client is still there.
+   */
   readonly body?: string | Uint8Array<ArrayBuffer> | AsyncIterable<Uint8Array>;
   /** Charset for a text, instead of the one in force, or that bytes are in: any label. */
   readonly charset?: string;
@@ -2607,10 +2612,9 @@ async function encodingOfNeighbour(site: Site, path: string): Promise<string | u
   using file = await openFile(site, path);
   const buffer = new Uint8Array(NEIGHBOUR_SAMPLE), length = file.read(buffer, 0);
   const sample = buffer.subarray(0, length), partial = length === buffer.length;
-  const said = evidentEncoding(sample, typeOfExtension(path, site.server.settings.type) ?? "text/plain", partial);
-  if (said !== undefined) return said === "gb18030" ? "gbk" : said;
-  const { encoding, isSure } = detectedEncoding(sample, new Map(), partial);
-  return isSure ? encoding : undefined;
+  const type = typeOfExtension(path, site.server.settings.type) ?? "text/plain";
+  const { encoding, isSure } = encodingOfBytes(sample, type, new Map(), partial);
+  return !isSure ? undefined : encoding === "gb18030" ? "gbk" : encoding;
 }
 
 /** A file's bytes, or the beginning of a large one; whoever needs them at the same time shares them. */
@@ -2658,13 +2662,13 @@ async function identify(file: FileFound, opened: OpenFile, bytes: Uint8Array<Arr
 
 /** A digest of a file as long as it was, of which some was read. */
 async function digestOf(opened: OpenFile, bytes: Uint8Array<ArrayBuffer>, size: number): Promise<string> {
-  let digest = await crypto.subtle.digest("SHA-256", bytes);
+  let digest = await digestOfBytes(bytes);
   for (let at = bytes.length; at < size; at += PIECE_SIZE) {
     const piece = new Uint8Array(Math.min(size - at, PIECE_SIZE));
     opened.read(piece, at);
-    digest = await crypto.subtle.digest("SHA-256", concat([new Uint8Array(digest), piece]));
+    digest = await digestOfBytes(concat([latin1Bytes(digest), piece]));
   }
-  return new Uint8Array(digest).subarray(0, 12).toHex();
+  return digest;
 }
 
 /** Some of a file, as it was read. */
@@ -3417,8 +3421,9 @@ class Writer {
   writeUnmappable(codePoint: number, units: number): void {
     this.lost++;
     if (this.mode === "fatal") {
-      const name = "U+" + codePoint.toString(16).toUpperCase().padStart(4, "0");
-      throw new TypeError(`The charset ${this.encoding} has no ${name} (${String.fromCodePoint(codePoint)})`);
+      throw new TypeError(
+        `The charset ${this.encoding} has no ${codePointName(codePoint)} (${String.fromCodePoint(codePoint)})`,
+      );
     }
     const instead = this.mode === "html" ? `&#${codePoint};` : "?";
     this.reserve(instead.length, units);
@@ -3492,6 +3497,11 @@ function writeRare(text: string, at: number, { astral, pointers }: Repertoire, w
     writer.bytes[writer.length++] = 0x30 + pointer % 10;
   } else writer.writeUnmappable(codePoint, rest);
   return wide;
+}
+
+/** `U+4F60`. */
+function codePointName(codePoint: number): string {
+  return `U+${codePoint.toString(16).toUpperCase().padStart(4, "0")}`;
 }
 
 /** The code point at an index; a lone surrogate is U+FFFD. */
@@ -3976,6 +3986,17 @@ function evidentEncoding(bytes: Uint8Array, type: string, partial = false): stri
 
 /** Bits that text may cost in the encoding that it is in: a little, and so much a character. */
 const READABLE_BITS = 32, CHARACTER_BITS = 11;
+
+/** What bytes are in, and whether that is sure: what they say of themselves, else what they read best in. */
+function encodingOfBytes(
+  bytes: Uint8Array,
+  type: string,
+  hints: ReadonlyMap<string, number>,
+  partial = false,
+): Pick<Nature, "encoding" | "isSure"> {
+  const evident = evidentEncoding(bytes, type, partial);
+  return evident === undefined ? detectedEncoding(bytes, hints, partial) : { encoding: evident, isSure: true };
+}
 
 /** The encoding in which bytes read as the most ordinary text, if that is text at all. */
 function detectedEncoding(
@@ -4914,8 +4935,7 @@ async function listFolder(exchange: Exchange, folder: FolderFound, asked: Listin
   const message = await representContent(exchange, { type, headers: PAGE_FIELDS, body });
   if (!isWhole(message)) return message;
   const label = message.fields.find(([name]) => name === "Content-Type")!.join();
-  const digest = await crypto.subtle.digest("SHA-256", concat([latin1Bytes(label), message.content]));
-  const etag = `"${new Uint8Array(digest).subarray(0, 12).toHex()}"`;
+  const etag = `"${await digestOfBytes(concat([latin1Bytes(label), message.content]))}"`;
   const tagged: Message = { ...message, fields: [...message.fields, ["ETag", etag]], isListing: true };
   // Nobody knows when what is in a folder last changed: there is no date to compare with.
   const status = evaluatePreconditions(exchange.head, { etag, time: NaN });
@@ -5872,11 +5892,10 @@ function shownCharacters(text: string): string[] {
 function labCharacters(text: string, charset: string): string {
   const rows = shownCharacters(text).map((character) => {
     const codePoint = character.codePointAt(0)!, { bytes, lost } = encodeText(character, charset, "html");
-    const name = "U+" + codePoint.toString(16).toUpperCase().padStart(4, "0");
     const sent = lost === 0 ? hex(bytes) : `<mark>not in ${charset}</mark>, sent as ${escapeMarkup(latin1(bytes))}`;
-    return `<tr><td class="char"><bdi>${visible(character)}</bdi></td><td><code>${name}</code></td><td>${
-      scriptOf(character)
-    }</td><td class="bytes">${sent}</td></tr>`;
+    return `<tr><td class="char"><bdi>${visible(character)}</bdi></td><td><code>${
+      codePointName(codePoint)
+    }</code></td><td>${scriptOf(character)}</td><td class="bytes">${sent}</td></tr>`;
   });
   const head =
     `<thead><tr><th scope="col">Character<th scope="col">Code point<th scope="col">Script<th scope="col">Bytes in ${charset}</thead>`;
@@ -6023,7 +6042,7 @@ function detectAll(bytes: Uint8Array): Detection[] {
     text: decodeText(bytes, charset).slice(0, TOLD_LENGTH).toWellFormed(),
     confidence: Math.round(confidence * 1000) / 1000,
   });
-  const said = sniffByteOrderMark(bytes) ?? evidentEncoding(bytes, "text/html");
+  const said = evidentEncoding(bytes, "text/html");
   // What bytes prove of themselves needs no comparison; a declaration may be wrong, but browsers believe it.
   const readings = detect(bytes).filter(({ encoding }) => encoding !== said).slice(0, TOLD_READINGS);
   if (said !== undefined) return [told(said, 1), ...readings.map(({ encoding }) => told(encoding, 0))];
@@ -6254,6 +6273,11 @@ function parseDate(text: string): number {
     return sound ? time : NaN;
   }
   return NaN;
+}
+
+/** What tells content from other content in an entity tag (RFC 9110 §8.8.3). */
+async function digestOfBytes(bytes: Uint8Array<ArrayBuffer>): Promise<string> {
+  return new Uint8Array(await crypto.subtle.digest("SHA-256", bytes)).subarray(0, 12).toHex();
 }
 
 /** Text without the white space of HTTP at its ends (RFC 9110 §5.6.3); in linear time, unlike a pattern. */
