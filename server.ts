@@ -198,12 +198,13 @@ class HttpServer implements Server {
   readonly date = onceASecond(formatDate);
   /** Whether a request names this server (RFC 9110 §7.4): a page elsewhere must not reach us by a name that it controls. */
   readonly answersTo: (authority: string) => boolean;
-  readonly #sweeper: ReturnType<typeof setInterval>;
   /** Resolved when the last connection is closed, at the end. */
   readonly #drained = Promise.withResolvers<void>();
   #drainDeadline = Infinity;
   #idleDeadline = Infinity;
   #stopping: Promise<void> | undefined;
+  /** Of sweeps, in milliseconds. */
+  readonly #interval: number;
   /** Closed TLS connections whose handshake is still pending: Deno keeps their sockets. */
   #handshaking = 0;
   /** Connections accepted so far. */
@@ -237,7 +238,7 @@ class HttpServer implements Server {
       ? { ...this.#listener.addr as Deno.NetAddr, transport: "tcp" }
       : this.#listener.addr;
     this.answersTo = memoized(hostChecker(allowedHosts(this.addr, settings)));
-    this.#sweeper = setInterval(() => this.#sweep(), Math.max(10, Math.min(1000, Math.min(head, idle) / 4)));
+    this.#sweepAfter(this.#interval = Math.max(10, Math.min(1000, Math.min(head, idle) / 4)));
     this.finished = this.#accept().then(() => this.#end());
     options.signal?.addEventListener("abort", () => void this.shutdown(), { once: true });
     if (options.signal?.aborted) void this.shutdown();
@@ -328,6 +329,15 @@ class HttpServer implements Server {
     return [...this.#connections].filter(({ isIdle }) => !isIdle).length;
   }
 
+  /** Until connections are drained. (Deno's first `setInterval` takes longer than all the rest of the start.) */
+  #sweepAfter(interval: number): void {
+    AbortSignal.timeout(interval).onabort = () => {
+      if (this.draining) return;
+      this.#sweep();
+      this.#sweepAfter(interval);
+    };
+  }
+
   /** Closes every connection whose deadline has passed. */
   #sweep(): void {
     const now = this.#clock.now = performance.now();
@@ -370,8 +380,11 @@ class HttpServer implements Server {
   }
 
   async #end(): Promise<void> {
+    // While answers are under way, this alone may keep the process going.
+    const sweeper = setInterval(() => this.#sweep(), this.#interval);
     await this.#drained.promise;
-    clearInterval(this.#sweeper); // The socket's file is gone with its listener; a new one may be another server's.
+    clearInterval(sweeper);
+    // The socket's file is gone with its listener; a new one may be another server's.
     await this.log.close();
   }
 
