@@ -238,7 +238,8 @@ class HttpServer implements Server {
       ? { ...this.#listener.addr as Deno.NetAddr, transport: "tcp" }
       : this.#listener.addr;
     this.answersTo = memoized(hostChecker(allowedHosts(this.addr, settings)));
-    this.#sweepAfter(this.#interval = Math.max(10, Math.min(1000, Math.min(head, idle) / 4)));
+    this.#interval = Math.max(10, Math.min(1000, Math.min(head, idle) / 4));
+    this.#keepTime();
     this.finished = this.#accept().then(() => this.#end());
     options.signal?.addEventListener("abort", () => void this.shutdown(), { once: true });
     if (options.signal?.aborted) void this.shutdown();
@@ -329,13 +330,13 @@ class HttpServer implements Server {
     return [...this.#connections].filter(({ isIdle }) => !isIdle).length;
   }
 
-  /** Until connections are drained. (Deno's first `setInterval` takes longer than all the rest of the start.) */
-  #sweepAfter(interval: number): void {
-    AbortSignal.timeout(interval).onabort = () => {
+  /** Sweeps now and then, until connections are drained. */
+  #keepTime(): void {
+    after(this.#interval, () => {
       if (this.draining) return;
       this.#sweep();
-      this.#sweepAfter(interval);
-    };
+      this.#keepTime();
+    });
   }
 
   /** Closes every connection whose deadline has passed. */
@@ -571,7 +572,7 @@ class ReadQueue {
   /** How many of this round have not come back. */
   #outstanding = 0;
   #round = 1;
-  #timer: ReturnType<typeof setTimeout> | undefined;
+  #isTimed = false;
 
   /** Waits until a connection may read that last did so in `round`, 0 if never. Resolves with the round in which it may. */
   wait(round: number): number | Promise<number> {
@@ -591,11 +592,14 @@ class ReadQueue {
   #goOn(): void {
     while (this.#outstanding < READS_AT_ONCE && this.#next < this.#waiting.length) this.#waiting[this.#next++]!();
     if (this.#next === this.#waiting.length) this.#waiting.length = this.#next = 0;
-    else this.#timer ??= setTimeout(() => this.#startRound(), ROUND_TIME);
+    else if (!this.#isTimed) {
+      this.#isTimed = true;
+      after(ROUND_TIME, () => this.#startRound());
+    }
   }
 
   #startRound(): void {
-    this.#timer = undefined;
+    this.#isTimed = false;
     this.#waiting.splice(0, this.#next);
     [this.#next, this.#outstanding] = [0, 0];
     this.#round++;
@@ -6482,20 +6486,31 @@ function concat(parts: readonly Uint8Array[]): Uint8Array<ArrayBuffer> {
   return whole;
 }
 
-/** Resolves after a time in milliseconds. */
-function pause(time: number): Promise<void> {
-  return new Promise((resolve) => setTimeout(resolve, time));
+/**
+ * Calls back after a time in milliseconds. Does not keep the process going: a listener does, or `HttpServer.#end`.
+ * (`setTimeout` would: but Deno loads Node's timers with the first one, for 4 ms and 10 MB.)
+ */
+function after(time: number, callback: () => void): void {
+  AbortSignal.timeout(time).onabort = callback;
 }
 
-/** What a promise gives; undefined if that takes longer than a time in milliseconds. */
+/** Resolves after a time in milliseconds. */
+function pause(time: number): Promise<void> {
+  return new Promise((resolve) => after(time, resolve));
+}
+
+/** By time in milliseconds: a promise that resolves when it is over, and until when others may share it. */
+const PAUSES = new Map<number, { readonly promise: Promise<void>; readonly shareable: number }>();
+
+/** What a promise gives; undefined if that takes longer than a time in milliseconds, or nine tenths of it. */
 async function within<T>(time: number, promise: Promise<T>): Promise<T | undefined> {
-  const { promise: late, resolve } = Promise.withResolvers<undefined>();
-  const timer = setTimeout(() => resolve(undefined), time);
-  try {
-    return await Promise.race([promise, late]);
-  } finally {
-    clearTimeout(timer);
+  const now = performance.now();
+  let late = PAUSES.get(time);
+  if (late === undefined || now > late.shareable) {
+    late = { promise: pause(time), shareable: now + time / 10 };
+    PAUSES.set(time, late);
   }
+  return await Promise.race([promise, late.promise.then(() => undefined)]);
 }
 
 /** How long work goes on before others are served, in milliseconds. */
@@ -6609,7 +6624,8 @@ class Log {
   #dropped = 0;
   readonly #detected = new Set<string>();
   readonly #stamp = onceASecond(logDate);
-  #timer: ReturnType<typeof setTimeout> | undefined;
+  /** Whether what is gathered will be written without further ado. */
+  #isTimed = false;
   #writing: Promise<unknown> | undefined;
 
   constructor(form: Settings["log"], write?: (lines: string) => void) {
@@ -6663,7 +6679,12 @@ class Log {
   append(lines: string): void {
     if (this.#lines.length > LOG_LIMIT) return void this.#dropped++;
     this.#lines += lines;
-    this.#timer ??= setTimeout(() => this.#flush(), LOG_INTERVAL);
+    if (!this.#isTimed) this.#flushLater();
+  }
+
+  #flushLater(): void {
+    this.#isTimed = true;
+    after(LOG_INTERVAL, () => this.#flush());
   }
 
   async #flush(): Promise<void> {
@@ -6671,23 +6692,22 @@ class Log {
     const lines = this.#lines + dropped;
     [this.#lines, this.#dropped] = ["", 0];
     try {
-      await (this.#writing = Promise.resolve(this.#write(lines)));
+      if (lines !== "") await (this.#writing = Promise.resolve(this.#write(lines)));
     } catch {
       // A log that nobody takes must not end the server.
     }
-    this.#timer = this.#lines === "" ? undefined : setTimeout(() => this.#flush(), LOG_INTERVAL);
+    this.#isTimed = false;
+    if (this.#lines !== "") this.#flushLater();
   }
 
   /** Writes the last lines, unless whoever takes them is stuck. */
   async close(): Promise<void> {
     await within(LOG_CLOSE_TIME, this.#finish());
-    clearTimeout(this.#timer);
   }
 
   async #finish(): Promise<void> {
     await this.#writing?.catch(() => {});
-    clearTimeout(this.#timer);
-    if (this.#lines !== "") await this.#flush();
+    await this.#flush();
   }
 }
 
