@@ -266,7 +266,7 @@ class HttpServer implements Server {
   #checkRoot(now: number): void {
     const isFirst = this.#checkedAt === 0, last = this.#site;
     const path = isFirst ? Deno.realPathSync(this.root!) : ifPresent(() => Deno.realPathSync(this.root!));
-    const info = path === undefined ? undefined : statOf(path);
+    const info = path === undefined ? undefined : lstatOf(path);
     if (info === undefined && last !== undefined) this.log.notice(`ROOT no longer exists: ${this.root}`);
     const isSame = info !== undefined && last !== undefined && last.path === path && isSameFile(info, last.info);
     // Another folder under the same name is another site: everything that was kept is void.
@@ -282,7 +282,7 @@ class HttpServer implements Server {
           hints: new Cache(HINTS_SIZE),
         };
     }
-    const changes = [info, statOf(this.root!)].map((each) => each === undefined ? now : changeTime(each, now));
+    const changes = [info, lstatOf(this.root!)].map((each) => each === undefined ? now : changeTime(each, now));
     this.#lifetime = freshnessLifetime(now - Math.max(...changes));
     this.#checkedAt = now;
   }
@@ -534,7 +534,7 @@ function nextExchange(server: HttpServer, connection: Connection): Exchange | un
     const head = connection.takeHead();
     return head && new Exchange(server, connection, head);
   } catch (error) {
-    return new Exchange(server, connection, connection.takeRefused(), error);
+    return new Exchange(server, connection, connection.refusedHead(), error);
   }
 }
 
@@ -543,7 +543,7 @@ async function refuseConnection(server: HttpServer, connection: Connection): Pro
   using _ = connection;
   try {
     const full = new FramingError(503, "Too many connections", [["Retry-After", "1"]]);
-    const exchange = new Exchange(server, connection, connection.takeRefused(), full);
+    const exchange = new Exchange(server, connection, connection.refusedHead(), full);
     await exchange.send(exchange.answer());
     await connection.end();
   } catch {
@@ -659,7 +659,7 @@ class Connection implements Disposable {
   }
 
   /** A head that cannot be parsed: its text, and what an answer to it needs. */
-  takeRefused(): RequestHead {
+  refusedHead(): RequestHead {
     const text = latin1(this.#bytes.subarray(this.#start, Math.min(this.#end, this.#start + HEAD_LIMIT)));
     const method = text.startsWith("HEAD ") ? "HEAD" : "GET";
     const nothing = { target: "", authority: "", path: "", query: undefined, framing: NO_CONTENT, fields: [] };
@@ -671,12 +671,12 @@ class Connection implements Disposable {
     if (this.#ready.length > 0) {
       // As `flush` does, without its promises: this is the way of nearly every answer.
       const bytes = this.#takeReady();
-      this.wait("reader");
+      this.setWaiting("reader");
       const sent = await this.#interruptible(this.#conn.write(bytes));
       if (sent < bytes.length) await this.write(bytes.subarray(sent));
     }
     const isIdle = this.#start === this.#end;
-    this.wait(isIdle ? "request" : "head");
+    this.setWaiting(isIdle ? "request" : "head");
     const turn = this.#queue.wait(this.#round);
     this.#round = typeof turn === "number" ? turn : await turn;
     const reading = this.#conn.read(this.#room());
@@ -702,19 +702,19 @@ class Connection implements Disposable {
     this.#start += count;
   }
 
-  /** The time of the last sweep, in milliseconds. */
-  get time(): number {
+  /** The time of the last sweep, in milliseconds, on the clock that deadlines are on. */
+  get sweptAt(): number {
     return this.#clock.now;
   }
 
   /** Reads more of a request's content, `since` plus the longest wait at most. Returns how many bytes came. */
   async receiveContent(since: number): Promise<number> {
-    this.wait("content");
+    this.setWaiting("content");
     this.deadline = Math.min(this.deadline, since + this.#clock.content);
     const count = await this.#interruptible(this.#conn.read(this.#room()));
     if (count === null) throw disconnected();
     this.#end += count;
-    this.wait("handler");
+    this.setWaiting("handler");
     return count;
   }
 
@@ -733,7 +733,7 @@ class Connection implements Disposable {
     return this.#bytes.subarray(this.#end);
   }
 
-  wait(waiting: Waiting): void {
+  setWaiting(waiting: Waiting): void {
     // The deadline of a head stands from its first byte: a slow drip does not extend it.
     if (waiting === "head" && this.#waiting === "head") return;
     this.#waiting = waiting;
@@ -777,14 +777,14 @@ class Connection implements Disposable {
   /** Writes all of `bytes`: the system may take fewer at a time. */
   async write(bytes: Uint8Array): Promise<void> {
     for (let sent = 0; sent < bytes.length;) {
-      this.wait("reader");
+      this.setWaiting("reader");
       sent += await this.#interruptible(this.#conn.write(sent === 0 ? bytes : bytes.subarray(sent)));
     }
-    this.wait("handler");
+    this.setWaiting("handler");
   }
 
   /** No further request is read, whether or not the client expects that. */
-  close(ending: "close" | "linger"): void {
+  endAfterAnswer(ending: "close" | "linger"): void {
     if (this.ending !== "closed") this.ending = ending;
   }
 
@@ -792,7 +792,7 @@ class Connection implements Disposable {
   expire(): void {
     const isLate = this.#waiting === "head" || this.#waiting === "content";
     if (!isLate || this.ending !== "no") return this[Symbol.dispose]();
-    this.wait("reader");
+    this.setWaiting("reader");
     this.#interrupt(new FramingError(408, "The request did not arrive in time"));
   }
 
@@ -808,7 +808,7 @@ class Connection implements Disposable {
   async end(): Promise<void> {
     await this.flush();
     if (this.ending !== "linger") return;
-    this.wait("end");
+    this.setWaiting("end");
     try {
       await this.#conn.closeWrite();
       for (let left = LINGER_BYTES; left > 0;) left -= await this.#conn.read(this.#bytes) ?? Infinity;
@@ -863,7 +863,7 @@ class RequestContent implements Disposable {
    * much of other requests.
    */
   async bytes(): Promise<Uint8Array<ArrayBuffer>> {
-    if (!this.#isShort()) throw new HttpError(413, `The content exceeds ${this.#limit} bytes`);
+    if (!this.#mayFit()) throw new HttpError(413, `The content exceeds ${this.#limit} bytes`);
     if (this.#awaitsContinue) {
       this.#awaitsContinue = false;
       // It goes behind the answers to earlier requests, which may not have left yet.
@@ -884,10 +884,10 @@ class RequestContent implements Disposable {
 
   /** Whether the rest can be read past, so that another request can follow. */
   get canBeSkipped(): boolean {
-    return !this.#awaitsContinue && this.#isShort();
+    return !this.#awaitsContinue && this.#mayFit();
   }
 
-  #isShort(): boolean {
+  #mayFit(): boolean {
     return this.#framing.kind !== "length" || this.#framing.length <= this.#limit;
   }
 
@@ -967,8 +967,9 @@ class RequestContent implements Disposable {
 
   /** Reads at least one more byte. A drip does not extend the deadline: on average, a kilobyte a second must come. */
   async #fill(): Promise<void> {
-    this.#since ??= this.#connection.time;
-    this.#received += await this.#connection.receiveContent(this.#since + this.#received);
+    this.#since ??= this.#connection.sweptAt;
+    const earned = this.#received; // A byte earns a millisecond: that is a kilobyte a second.
+    this.#received += await this.#connection.receiveContent(this.#since + earned);
   }
 }
 
@@ -1097,7 +1098,7 @@ function parseField(bytes: Uint8Array, at: number, end: number, start: number, f
   return endLine(bytes, lineEnd, end);
 }
 
-/** The length of a name and its first letter, in any case: few names of a head share both. */
+/** The length of a name and its first letter, in any case: few names share both. `fieldLines` takes the length out again. */
 function shapeOf(length: number, first: number): number {
   return length << 5 | first & 31;
 }
@@ -1327,11 +1328,11 @@ class Exchange implements Incoming {
   #explain(error: unknown): Message | Promise<Message> {
     const { log, options: { onError } } = this.server, isExpected = error instanceof HttpError;
     if (error instanceof Disconnected) throw error;
-    if (error instanceof FramingError) this.#connection.close("linger");
+    if (error instanceof FramingError) this.#connection.endAfterAnswer("linger");
     if (!isExpected || error.cause !== undefined) {
       log.notice(`error: ${this.requestLine}: ${errorText(isExpected ? error.cause : error)}`);
     }
-    return isExpected || onError === undefined ? errorMessage(this, error) : this.#askOnError(onError, error);
+    return isExpected || onError === undefined ? errorResponse(this, error) : this.#askOnError(onError, error);
   }
 
   async #askOnError(onError: NonNullable<ServeOptions["onError"]>, error: unknown): Promise<Message> {
@@ -1341,7 +1342,7 @@ class Exchange implements Incoming {
     } catch (error) {
       this.server.log.notice(`error in onError: ${errorText(error)}`);
     }
-    return errorMessage(this, error);
+    return errorResponse(this, error);
   }
 
   /** Writes a response that has to be waited for, behind those before it; reads past what is left of the content. */
@@ -1349,7 +1350,7 @@ class Exchange implements Incoming {
     using _ = this.#content;
     const pending = Promise.resolve(answer);
     pending.catch(() => {}); // It may fail while what is before it is being written.
-    this.#connection.wait("handler");
+    this.#connection.setWaiting("handler");
     await this.#connection.flush();
     const message = await this.#connection.unlessClosed(pending);
     try {
@@ -1357,16 +1358,19 @@ class Exchange implements Incoming {
     } catch (error) {
       // A stream failed before its first byte: the error can still be told.
       const instead = await this.#explain(error);
-      await this.#connection.write(this.compose(isWhole(instead) ? instead : errorMessage(this, error)));
+      await this.#connection.write(this.compose(isWhole(instead) ? instead : errorResponse(this, error)));
     }
     if (this.#content !== undefined && this.#connection.ending === "no" && !await this.#content.skip()) {
-      this.#connection.close("linger");
+      this.#connection.endAfterAnswer("linger");
     }
   }
 
   /** Head and content in one piece, for one write. That of a kept response is reused until its Date changes. */
   compose(message: WholeMessage): Uint8Array {
-    const goesOn = this.#goesOn(), { method, minor } = this.head, { kept } = message, date = this.server.date();
+    const goesOn = this.#decidePersistence(),
+      { method, minor } = this.head,
+      { kept } = message,
+      date = this.server.date();
     const kind = (goesOn ? 1 : 0) + minor * 2 + (method === "HEAD" ? 4 : 0);
     if (kept !== undefined && kept.date !== date) [kept.date, kept.composed] = [date, []];
     const bytes = kept?.composed[kind] ?? composeMessage(this.server, message, this.head, goesOn);
@@ -1376,12 +1380,12 @@ class Exchange implements Incoming {
   }
 
   /** Whether the connection goes on after this response (RFC 9112 §9.3); if not, it ends with it. */
-  #goesOn(): boolean {
+  #decidePersistence(): boolean {
     const isAble = !this.server.draining && (this.#content?.canBeSkipped ?? true);
     if (isAble && this.head.persistent && this.#connection.ending === "no") return true;
     // A client that asked for the end sends nothing more, but perhaps the rest of its content.
     const isExpected = isAble && this.#content === undefined;
-    if (this.#connection.ending === "no") this.#connection.close(isExpected ? "close" : "linger");
+    if (this.#connection.ending === "no") this.#connection.endAfterAnswer(isExpected ? "close" : "linger");
     return false;
   }
 
@@ -1389,8 +1393,8 @@ class Exchange implements Incoming {
   async #stream(message: StreamMessage): Promise<void> {
     const { content, status } = message, { head, server } = this, connection = this.#connection;
     // HTTP/1.0 knows no chunks: there the end of the connection is the end.
-    if (content.length === undefined && head.minor === 0) connection.close("close");
-    const text = this.responseHead = formatHead(server, message, head, this.#goesOn());
+    if (content.length === undefined && head.minor === 0) connection.endAfterAnswer("close");
+    const text = this.responseHead = formatHead(server, message, head, this.#decidePersistence());
     let sent = 0;
     if (head.method !== "HEAD" && !hasNoContent(status)) sent = await this.#writeContent(latin1Bytes(text), content);
     else {
@@ -1466,6 +1470,7 @@ class Exchange implements Incoming {
     return this.head.text;
   }
 
+  /** Throws 400, as `charset` and `query` do, if the request asks for a charset that does not exist. */
   get path(): string {
     return this.#path ??= percentDecodeText(this.head.path, this.charset);
   }
@@ -1661,9 +1666,9 @@ function decodeForm(pairs: readonly (readonly [name: string, value: Uint8Array])
   const isNamed = label !== undefined && LABELS.includes(label);
   // All of a form is in one charset.
   const all = () => concat(pairs.flatMap(([name, value]) => [latin1Bytes(`${name}\n`), value, latin1Bytes("\n")]));
-  const encoding = isNamed ? encodingOf(label) : encodingInForce(all(), charset);
-  const decode = (bytes: Uint8Array) => withoutReferences(decodeText(bytes, encoding), isNamed ? encoding : charset);
-  return new URLSearchParams(pairs.map(([name, value]) => [decode(latin1Bytes(name)), decode(value)]));
+  const encoding = isNamed ? encodingOf(label) : utf8OrInForce(all(), charset);
+  const readPart = (bytes: Uint8Array) => withoutReferences(decodeText(bytes, encoding), isNamed ? encoding : charset);
+  return new URLSearchParams(pairs.map(([name, value]) => [readPart(latin1Bytes(name)), readPart(value)]));
 }
 
 /** Turns `&#N;` back into characters that the charset lacks. */
@@ -1679,7 +1684,7 @@ function withoutReferences(text: string, encoding: string): string {
 
 // ── Resource ─────────────────────────────────────────────────────────────────────────────────────
 // A target names a resource: a route that a program adds, or a file below ROOT. Nothing outside ROOT has a name
-// here. What a path leads to is kept, also that it leads to nothing, and checked again after a moment.
+// here, unless links may lead there. What a path leads to is kept, also that it leads to nothing, and checked again after a moment.
 
 /** Answers the requests of a route. May throw {@linkcode HttpError}. */
 export type Handler = (incoming: Incoming) => Content | Promise<Content>;
@@ -1727,7 +1732,7 @@ function locate(exchange: Exchange): Resource {
     return route;
   }
   if (isReading && server.root !== undefined && exchange.head.path !== "*") return locateFile(exchange);
-  return describeMethods(exchange);
+  return answerOtherMethods(exchange);
 }
 
 function isRoute({ pattern }: RouteResource, exchange: Exchange): boolean {
@@ -1738,7 +1743,7 @@ function isRoute({ pattern }: RouteResource, exchange: Exchange): boolean {
 }
 
 /** Which methods a path takes, for a request whose own is none of them. */
-function describeMethods(exchange: Exchange): Resource {
+function answerOtherMethods(exchange: Exchange): Resource {
   const { server, method, head } = exchange, isAsterisk = head.path === "*";
   const routes = server.routes.filter((route) => isRoute(route, exchange));
   const allowed = new Set(routes.flatMap(({ methods }) => methods));
@@ -1778,9 +1783,11 @@ interface Evidence {
   /** What the place is kept under in the site's places. */
   readonly key: string;
   readonly observations: Observation[];
-  /** When all was last looked at itself, when anything was, and when the last of all this changed, in milliseconds. */
+  /** When every path itself was last looked at, and not its folder instead, in milliseconds. */
   since: number;
+  /** When it was last found true, in either way, in milliseconds. */
   checkedAt: number;
+  /** The latest change of all that was looked at, in milliseconds. */
   changed: number;
 }
 
@@ -1815,29 +1822,29 @@ const SEPARATOR = Deno.build.os === "windows" ? "\\" : "/";
 function locateFile(exchange: Exchange): Resource {
   const { head: { path }, server } = exchange, { fallback } = server.settings;
   const key = isPlain(path) ? path : `${path} ${exchange.charset}`;
-  const found = placeOf(server, key, (evidence) => findPath(exchange, evidence));
+  const found = resourceAt(server, key, (evidence) => findPath(exchange, evidence));
   if (found !== undefined) return found;
   // The fallback stands in for pages only: it is of no use in the place of a script or an image.
   const isPage = typeOfExtension(percentDecodeText(path, "utf-8"), server.settings.type) === undefined;
-  const page = fallback === undefined || !isPage ? undefined : placeOfName(server, fallback, 200);
-  const instead = page ?? placeOfName(server, "404.html", 404);
+  const page = fallback === undefined || !isPage ? undefined : ownFile(server, fallback, 200);
+  const instead = page ?? ownFile(server, "404.html", 404);
   if (instead === undefined) throw new HttpError(404, "Nothing was found");
   return instead;
 }
 
 /** A file of ROOT that the server itself looks for. */
-function placeOfName(server: HttpServer, name: string, status: 200 | 404): Resource | undefined {
-  return placeOf(server, `\0${status} ${name}`, (evidence) => {
+function ownFile(server: HttpServer, name: string, status: 200 | 404): Resource | undefined {
+  return resourceAt(server, `\0${status} ${name}`, (evidence) => {
     const { site } = evidence, path = pathBelow(site, name), found = site.isFile ? undefined : observe(evidence, path);
     return found?.info.isFile ? fileResource(path, found, evidence, status) : undefined;
   });
 }
 
 /** What is kept under a key, if it is still true; else what is found now. */
-function placeOf(server: HttpServer, key: string, find: (evidence: Evidence) => Resource | undefined) {
+function resourceAt(server: HttpServer, key: string, find: (evidence: Evidence) => Resource | undefined) {
   const site = server.site(), now = Date.now();
   let place = site.places.get(key);
-  if (place === undefined || !isFresh(place.evidence, now) && !isStillTrue(place.evidence, now)) {
+  if (place === undefined || !isFresh(place.evidence, now) && !confirm(place.evidence, now)) {
     const evidence: Evidence = { site, key, observations: [], since: now, checkedAt: now, changed: 0 };
     place = { resource: find(evidence), evidence };
     site.places.set(copyOf(key), place, PLACE_SIZE);
@@ -1850,7 +1857,7 @@ function isFresh({ checkedAt, changed }: Evidence, now: number): boolean {
 }
 
 /** Makes again every check that something was decided by. */
-function isStillTrue(evidence: Evidence, now: number): boolean {
+function confirm(evidence: Evidence, now: number): boolean {
   const isOld = now - evidence.since >= LONGEST_ABSENCE;
   const isTrue = evidence.observations.every((each) =>
     each.folder !== undefined && !isOld ? isStillAbsent(evidence.site, each) : isUnchanged(evidence.site, each, now)
@@ -1863,7 +1870,7 @@ function isStillTrue(evidence: Evidence, now: number): boolean {
 /** Whether a path leads to what it led to, unchanged, or to nothing, as before. */
 function isUnchanged(site: Site, { path, found }: Observation, now: number): boolean {
   // What was reached without a link is the same thing if its identity is, however it is reached now.
-  if (found?.real === path) return isDirect(site, path, now) && isSameState(statOf(path), found.info);
+  if (found?.real === path) return isDirect(site, path, now) && isSameState(lstatOf(path), found.info);
   const again = findInside(site, path);
   return again === undefined || found === undefined
     ? again === found
@@ -1872,7 +1879,7 @@ function isUnchanged(site: Site, { path, found }: Observation, now: number): boo
 
 /** Whether nothing is at a path, since its folder has not changed; else it is looked for. */
 function isStillAbsent(site: Site, { path, folder }: Observation): boolean {
-  return isSameState(statOf(parentOf(path)), folder!) || findInside(site, path) === undefined;
+  return isSameState(lstatOf(parentOf(path)), folder!) || findInside(site, path) === undefined;
 }
 
 /** Whether no folder on the way is a link by now: asked once for all that is in one, and again after a moment. */
@@ -1906,12 +1913,12 @@ function changeTime({ mtime, ctime }: FileInfo, now: number): number {
 
 /** The folder that lacks a path; undefined if the folder itself is missing, or reached by a link. */
 function folderWithout(path: string): Deno.FileInfo | undefined {
-  const folder = parentOf(path), info = statOf(folder);
+  const folder = parentOf(path), info = lstatOf(folder);
   const isThere = info !== undefined && ifPresent(() => Deno.realPathSync(folder)) === folder;
-  return isThere && statOf(path) === undefined ? info : undefined;
+  return isThere && lstatOf(path) === undefined ? info : undefined;
 }
 
-/** How long something is believed to be unchanged that last changed so long ago; both in milliseconds. */
+/** How long something is taken to be unchanged that last changed so long ago; both in milliseconds. */
 function freshnessLifetime(age: number): number {
   return Math.min(LONGEST_LIFETIME, Math.max(0, (age - GRANULARITY) * LIFETIME_SHARE));
 }
@@ -1929,20 +1936,20 @@ function observe(evidence: Evidence, path: string): Found | undefined {
 /** What a path leads to, if links do not lead it out of ROOT. */
 function findInside(site: Site, path: string): Found | undefined {
   const real = ifPresent(() => Deno.realPathSync(path));
-  if (real === undefined || !isInside(site, real)) return undefined;
+  if (real === undefined || !mayBeReached(site, real)) return undefined;
   // A link, or a short name on Windows, may stand for a name that is hidden.
   if (isHidden(site, namesBelow(site, real)) && !isHidden(site, namesBelow(site, path))) return undefined;
-  const info = statOf(real);
+  const info = lstatOf(real);
   return info && { real, info };
 }
 
 /** What is at a path. No link is followed. */
-function statOf(path: string): Deno.FileInfo | undefined {
+function lstatOf(path: string): Deno.FileInfo | undefined {
   return ifPresent(() => Deno.lstatSync(path));
 }
 
 /** Whether a path without links may be served: it is ROOT, or below it. */
-function isInside({ server, path }: Site, real: string): boolean {
+function mayBeReached({ server, path }: Site, real: string): boolean {
   return server.settings.followLinks || real === path ||
     real.startsWith(path.endsWith(SEPARATOR) ? path : path + SEPARATOR);
 }
@@ -2091,7 +2098,7 @@ interface FileFound {
 type NamedFile = Pick<FileFound, "path" | "name" | "size">;
 
 function fileResource(path: string, { real, info }: Found, evidence: Evidence, status: 200 | 404 = 200): Resource {
-  return { kind: "file", file: describeFile(real, nameOf(path), info, evidence), status };
+  return { kind: "file", file: newFile(real, nameOf(path), info, evidence), status };
 }
 
 /** Whether somebody set a file's time: then it is not that of its last change, which nobody can set. */
@@ -2100,7 +2107,7 @@ function isTimeSet({ mtime, ctime }: FileInfo): boolean {
   return ctime !== null && second(mtime) !== second(ctime);
 }
 
-function describeFile(path: string, name: string, info: FileInfo, evidence: Evidence): FileFound {
+function newFile(path: string, name: string, info: FileInfo, evidence: Evidence): FileFound {
   const now = Date.now(), { size } = info, changed = changeTime(info, now);
   const settles = changed + (info.ctime === null ? RACY_TIME : GRANULARITY);
   // Writing a large file takes longer than a tick of the clock: its times tell states apart, unless they were set by hand.
@@ -2185,8 +2192,9 @@ function representHandled(exchange: Exchange, route: RouteResource, content: Con
     route.text = content;
     route.variants = new Map();
   }
-  // A short text is never compressed: its responses differ by nothing but their charset.
-  const isShort = content.length * 4 < COMPRESSION_LEAST, accepted = fieldValue(exchange.head, "accept-encoding");
+  // What `representText` depends on must be in the key. A short text is never compressed: a code unit takes eight bytes
+  // at most (`&#20320;`), and an escape sequence three at the end.
+  const isShort = content.length * 8 + 3 < COMPRESSION_LEAST, accepted = fieldValue(exchange.head, "accept-encoding");
   const coding = isShort ? undefined : ownCoding(acceptedCodings(accepted), content.length);
   const { variants } = route, key = isShort ? exchange.charset : `${exchange.charset} ${coding}`;
   const kept = variants.get(key);
@@ -2300,9 +2308,10 @@ function addVary(fields: Field[], name: string): void {
 }
 
 /** The answer that says what went wrong, as a small page. */
-function errorMessage({ server, head }: Exchange, error: unknown): WholeMessage {
+function errorResponse({ server, head }: Exchange, error: unknown): WholeMessage {
   const isExpected = error instanceof HttpError;
   const { status, message, fields } = isExpected ? error : new HttpError(500, "The server failed to answer");
+  // Not the charset that the request asks for: that may be what is wrong.
   const charset = server.settings.charset ?? "utf-8", title = `${status} ${REASONS[status] ?? "Error"}`;
   const said = escapeControls(message), sentence = /[.?!]$/.test(said) ? said : `${said}.`;
   return {
@@ -2314,7 +2323,7 @@ function errorMessage({ server, head }: Exchange, error: unknown): WholeMessage 
     ],
     content: encodeText(noticeHtml(title, `<p>${escapeMarkup(sentence)}</p>`, head.path), charset, "html").bytes,
     charset,
-    ...(error instanceof FramingError && { note: message }),
+    ...(error instanceof FramingError && { reason: message }),
   };
 }
 
@@ -2503,7 +2512,7 @@ function siblingOf(file: FileFound, coding: Coding): FileFound | undefined {
   const path = file.path + (coding === "br" ? ".br" : ".gz"), { evidence } = file;
   const found = evidence.site.isFile ? undefined : observe(evidence, path);
   const isFresh = found?.info.isFile && (found.info.mtime?.getTime() ?? 0) >= (file.info.mtime?.getTime() ?? 0);
-  const sibling = isFresh ? describeFile(found.real, nameOf(path), found.info, evidence) : undefined;
+  const sibling = isFresh ? newFile(found.real, nameOf(path), found.info, evidence) : undefined;
   file.siblings.set(coding, sibling);
   return sibling;
 }
@@ -2511,7 +2520,7 @@ function siblingOf(file: FileFound, coding: Coding): FileFound | undefined {
 const tagOf = ({ tag, digest }: FileFound) => digest === undefined ? tag : `${tag}.${digest}`;
 
 /** Status, fields and validators of a response for a file. */
-function describeVariant(variant: Variant) {
+function variantHead(variant: Variant) {
   const { file, nature, encoding, label, hasMark, coding, source } = variant, { type, encoding: stored } = nature;
   const { settings } = file.evidence.site.server;
   const conversion = isAsStored(variant) ? "" : `-${stored}.${encoding}${hasMark ? "+" : "."}${settings.unmappable[0]}`;
@@ -2534,7 +2543,7 @@ function describeVariant(variant: Variant) {
 /** A small file, as it will be sent. */
 async function wholeMessage(variant: Variant, bytes: Uint8Array<ArrayBuffer>): Promise<WholeMessage> {
   const { file, nature, source, coding } = variant;
-  const described = describeVariant(variant), kept = { date: "", composed: [] };
+  const described = variantHead(variant), kept = { date: "", composed: [] };
   if (source !== file) return { ...described, content: bytes, kept };
   const make = () => isAsStored(variant) ? { bytes, lost: 0 } : convert(variant, bytes);
   if (coding === undefined || coding === nature.coding) {
@@ -2568,7 +2577,7 @@ function unmappableFor(mode: Unmappable | "auto", type: string): Unmappable {
 
 /** The answer for what a request names, or for what is not found. */
 function reply(exchange: Exchange, message: Message, status: 200 | 404): Message {
-  if (status === 200) return conditional(exchange.head, message);
+  if (status === 200) return applyConditions(exchange.head, message);
   const fields = message.fields.filter(([name]) => !/^(?:ETag|Last-Modified|Accept-Ranges)$/.test(name));
   const { validators: _, ...rest } = message;
   return { ...rest, status, fields, ...("kept" in rest && { kept: undefined }) } as Message;
@@ -2654,10 +2663,10 @@ async function readFile(found: FileFound): Promise<Opened> {
     const now = Date.now();
     using opened = await openFile(found.evidence.site, found.path);
     const info = opened.stat();
-    const file = isSameState(info, found.info) ? found : describeFile(found.path, found.name, info, found.evidence);
+    const file = isSameState(info, found.info) ? found : newFile(found.path, found.name, info, found.evidence);
     const bytes = new Uint8Array(Math.min(file.size, BUFFERED_LIMIT)), length = opened.read(bytes, 0);
-    if (length < bytes.length || !await isUntouched(opened, info, file.path, [{ position: 0, bytes }])) continue;
-    if (!file.isSettled) await identify(file, opened, bytes, now);
+    if (length < bytes.length || !await keepsItsBytes(opened, info, file.path, [{ position: 0, bytes }])) continue;
+    if (!file.isSettled) await tagByDigest(file, opened, bytes, now);
     return { file, bytes };
   }
   throw fileChanged();
@@ -2667,7 +2676,7 @@ async function readFile(found: FileFound): Promise<Opened> {
 const DIGEST_LIMIT = 64 * 1024 * 1024;
 
 /** Adds a digest to the tag of a file that changed lately: its times may not show the next change. */
-async function identify(file: FileFound, opened: OpenFile, bytes: Uint8Array<ArrayBuffer>, now: number) {
+async function tagByDigest(file: FileFound, opened: OpenFile, bytes: Uint8Array<ArrayBuffer>, now: number) {
   // A file too large for that gets a tag that never matches, until it has settled.
   const digest = file.size > DIGEST_LIMIT ? crypto.randomUUID() : await digestOf(opened, bytes, file.size);
   file.isSettled = now >= file.settles;
@@ -2695,7 +2704,7 @@ interface Sample {
 }
 
 /** Whether a file is as it was when it was opened, or lost its name, or has only grown: then it still has the samples. */
-async function isUntouched(
+async function keepsItsBytes(
   file: OpenFile,
   opened: FileInfo,
   path: string,
@@ -2709,7 +2718,8 @@ async function isUntouched(
     if (info.size > opened.size) return samples.every((sample) => hasSample(file, sample));
     if (info.size < opened.size) return false;
     // What is removed, or has another in its place, changes its state, but no byte.
-    const there = statOf(path), isGone = there === undefined || !isSameFile(there, info) || info.nlink !== opened.nlink;
+    const there = lstatOf(path),
+      isGone = there === undefined || !isSameFile(there, info) || info.nlink !== opened.nlink;
     if (isGone && isSameState({ ...info, ctime: opened.ctime }, opened)) return true;
   }
   return false;
@@ -2734,13 +2744,15 @@ const fileChanged = () => new HttpError(503, "The file is being written", [["Ret
 /** Opens a file of the site: what is opened was reached without a link, however fast somebody swaps folders and links. */
 async function openFile({ server: { settings } }: Site, path: string): Promise<OpenFile> {
   for (let attempt = 0; attempt < READ_ATTEMPTS; attempt++) {
-    const file = await openNow(path), info = file?.stat();
+    const file = await openInTime(path), info = file?.stat();
     if (file === undefined || info === undefined) break;
-    if (info.isFile && (settings.followLinks || isReached(path, (found) => isSameFile(found, info)))) return file;
+    if (info.isFile && (settings.followLinks || isReachedDirectly(path, (found) => isSameFile(found, info)))) {
+      return file;
+    }
     // Another may have taken its place meanwhile, as it should be.
     file[Symbol.dispose]();
   }
-  if (statOf(path)?.isFile) throw fileChanged();
+  if (lstatOf(path)?.isFile) throw fileChanged();
   throw new HttpError(404, "This file no longer exists");
 }
 
@@ -2763,7 +2775,7 @@ const OPEN_TIME = 2000;
 let meetsPipes = false;
 
 /** Opens what is at a path; undefined if nothing is, or if it does not open. */
-async function openNow(path: string): Promise<OpenFile | undefined> {
+async function openInTime(path: string): Promise<OpenFile | undefined> {
   if (meetsPipes) return openWithoutWaiting(await fileSystem(), path);
   const opening = Deno.open(path);
   const opened = opening.then(
@@ -2775,7 +2787,7 @@ async function openNow(path: string): Promise<OpenFile | undefined> {
   meetsPipes = true;
   // A thread waits for the other end of the pipe. Should that come, it is not needed any more.
   opening.then((file) => file.close(), () => {});
-  return openNow(path);
+  return openInTime(path);
 }
 
 function openedByDeno(file: Deno.FsFile): OpenFile {
@@ -2822,10 +2834,10 @@ const RACE_CHECKS = 40;
  * swapped for a link, and back, between two. So the looks alternate: is the path free of links? does it lead to that
  * thing? Which of the two is asked is left to chance each time, so that no rhythm of swaps can suit all of them.
  */
-function isReached(path: string, isIt: (info: FileInfo) => boolean): boolean {
+function isReachedDirectly(path: string, isIt: (info: FileInfo) => boolean): boolean {
   const isFree = () => ifPresent(() => Deno.realPathSync(path)) === path;
   const leadsThere = () => {
-    const info = statOf(path);
+    const info = lstatOf(path);
     return info !== undefined && isIt(info);
   };
   return Array.from({ length: RACE_CHECKS }).every(() => Math.random() < 0.5 ? isFree() : leadsThere());
@@ -2834,7 +2846,7 @@ function isReached(path: string, isIt: (info: FileInfo) => boolean): boolean {
 /** A file that is too large to be kept. */
 function streamedMessage(variant: Variant): StreamMessage {
   const content = isAsStored(variant) ? streamFile(variant.source) : streamConverted(variant);
-  return { ...describeVariant(variant), content };
+  return { ...variantHead(variant), content };
 }
 
 /** A large file, as it is, as long as it was when it was looked at. */
@@ -2850,7 +2862,7 @@ function streamFile(source: FileFound, pieceSize: number = PIECE_SIZE): Stream {
       const samples = [0, source.size - GROWTH_SAMPLE].map((at) => readSample(file, Math.max(0, at), GROWTH_SAMPLE));
       for (let at = start; at < last; at += pieceSize) {
         const piece = last - at < pieceSize ? buffer.subarray(0, last - at) : buffer;
-        if (file.read(piece, at) < piece.length || !await isUntouched(file, source.info, source.path, samples)) {
+        if (file.read(piece, at) < piece.length || !await keepsItsBytes(file, source.info, source.path, samples)) {
           throw fileChanged();
         }
         yield piece;
@@ -3031,7 +3043,7 @@ interface Validators {
 }
 
 /** A response, as the conditions and the range of a request want it. */
-function conditional(head: RequestHead, message: Message): Message {
+function applyConditions(head: RequestHead, message: Message): Message {
   const { validators } = message;
   if (validators === undefined) return message;
   return evaluatePreconditions(head, validators) === 304
@@ -3182,8 +3194,8 @@ interface MessageParts {
   readonly charset?: string | undefined;
   /** How many characters the charset lacked. */
   readonly lost?: number;
-  /** What the log says of it besides. */
-  readonly note?: string;
+  /** Why the request was refused, for the log. */
+  readonly reason?: string;
   /** It shows what is in a folder, not something that was asked for by its name. */
   readonly isListing?: boolean;
   /** What conditional requests are answered by. */
@@ -3224,7 +3236,8 @@ const CRLF = new TextEncoder().encode("\r\n"), LAST_CHUNK = new TextEncoder().en
 
 /** A response's head (RFC 9112 §4, RFC 9110 §6.6, §8.6). */
 function formatHead(server: HttpServer, message: Message, head: RequestHead, persistent: boolean): string {
-  const { status, fields, content } = message, added = isCacheable(message) ? server.added : server.addedUncached;
+  const { status, fields, content } = message,
+    added = takesCachingFields(message) ? server.added : server.addedUncached;
   let text = `HTTP/1.1 ${status} ${REASONS[status] ?? ""}\r\nDate: ${server.date()}\r\n`;
   for (const [name, value] of fields) {
     if (added.names.size === 0 || !added.names.has(name.toLowerCase())) text += `${name}: ${value}\r\n`;
@@ -3247,7 +3260,7 @@ interface AddedFields {
 }
 
 /** Whether what `--header` says about caching is meant for this: never for errors, redirects and listings. */
-function isCacheable({ status, isListing }: Message): boolean {
+function takesCachingFields({ status, isListing }: Message): boolean {
   return (status < 300 || status === 304) && !isListing;
 }
 
@@ -3598,19 +3611,19 @@ const REPERTOIRE_MAKERS: Readonly<Record<string, (encoding: string) => Repertoir
   "euc-jp": eucJpRepertoire,
   "iso-2022-jp": iso2022JpRepertoire,
   shift_jis: shiftJisRepertoire,
-  "euc-kr": (encoding) => ({ units: pairs(encoding, range(0x81, 0xfe), range(0x41, 0xfe)).units }),
+  "euc-kr": (encoding) => ({ units: pairs(encoding, numbers(0x81, 0xfe), numbers(0x41, 0xfe)).units }),
 };
 
 const isMultiByte = (encoding: string): boolean => encoding in REPERTOIRE_MAKERS;
 
-function range(first: number, last: number): number[] {
+function numbers(first: number, last: number): number[] {
   return Array.from({ length: last - first + 1 }, (_, i) => first + i);
 }
 
 /** Encoding §9.2: one byte a character. */
 function singleByteRepertoire(encoding: string): Repertoire {
   const units = new Uint8Array(0x10000);
-  const text = new TextDecoder(encoding).decode(Uint8Array.from(range(0x80, 0xff)));
+  const text = new TextDecoder(encoding).decode(Uint8Array.from(numbers(0x80, 0xff)));
   for (let i = 0; i < 0x80; i++) units[text.charCodeAt(i)] = 0x80 + i;
   units[0xfffd] = 0;
   return { units };
@@ -3656,7 +3669,7 @@ const GB_PRIVATE_USE: readonly (readonly [codePoint: number, code: number, count
 
 /** gbk and gb18030 (Encoding §10): one table of pairs; gbk has the euro in one byte and no four-byte sequences. */
 function gbRepertoire(encoding: string): Repertoire {
-  const { units } = pairs("gb18030", range(0x81, 0xfe), range(0x40, 0xfe));
+  const { units } = pairs("gb18030", numbers(0x81, 0xfe), numbers(0x40, 0xfe));
   for (const [codePoint, code, count] of GB_PRIVATE_USE) {
     for (let i = 0; i < count; i++) units[codePoint + i] = code + i;
   }
@@ -3682,12 +3695,12 @@ function gbRepertoire(encoding: string): Repertoire {
 
 /** Encoding §11.1: nothing below lead byte A1 (the Hong Kong extensions there) is ever written. */
 function big5Repertoire(encoding: string): Repertoire {
-  return pairs(encoding, range(0xa1, 0xfe), range(0x40, 0xfe), "═╞╡╪十卅");
+  return pairs(encoding, numbers(0xa1, 0xfe), numbers(0x40, 0xfe), "═╞╡╪十卅");
 }
 
 /** Encoding §12.1: JIS X 0208 and half-width katakana; three-byte JIS X 0212 is read, never written. */
 function eucJpRepertoire(encoding: string): Repertoire {
-  const { units } = pairs(encoding, range(0xa1, 0xfe), range(0xa1, 0xfe));
+  const { units } = pairs(encoding, numbers(0xa1, 0xfe), numbers(0xa1, 0xfe));
   for (let i = 0; i < 63; i++) units[0xff61 + i] = 0x8ea1 + i;
   return { units: withJapaneseSigns(units) };
 }
@@ -3717,8 +3730,8 @@ function iso2022JpRepertoire(): Repertoire {
 
 /** Encoding §12.3: leads ED to EF (pointers 8272 to 8835) and F0 to F9 (user-defined) are read, never written. */
 function shiftJisRepertoire(encoding: string): Repertoire {
-  const leads = [...range(0x81, 0x9f), ...range(0xe0, 0xec), ...range(0xfa, 0xfc)];
-  const { units } = pairs(encoding, leads, range(0x40, 0xfc));
+  const leads = [...numbers(0x81, 0x9f), ...numbers(0xe0, 0xec), ...numbers(0xfa, 0xfc)];
+  const { units } = pairs(encoding, leads, numbers(0x40, 0xfc));
   units[0x80] = 0x80;
   for (let i = 0; i < 63; i++) units[0xff61 + i] = 0xa1 + i;
   return { units: withJapaneseSigns(units) };
@@ -3755,7 +3768,7 @@ function percentDecode(text: string): Uint8Array<ArrayBuffer> {
 function percentDecodeText(text: string, fallback: string): string {
   if (isPlain(text)) return text;
   const bytes = percentDecode(text);
-  return decodeText(bytes, encodingInForce(bytes, fallback));
+  return decodeText(bytes, utf8OrInForce(bytes, fallback));
 }
 
 /** Whether text from the wire needs no decoding: it is ASCII, and nothing in it is percent-encoded. */
@@ -3978,14 +3991,14 @@ function detect(
   among?: readonly string[],
 ): Reading[] {
   const seen = among === undefined ? sniffUtf16(bytes) ?? sniffIso2022Jp(bytes) : undefined;
-  if (seen !== undefined) return [{ encoding: seen, text: decode(bytes.subarray(0, SAMPLE), seen), bits: 0 }];
+  if (seen !== undefined) return [{ encoding: seen, text: decodeReading(bytes.subarray(0, SAMPLE), seen), bits: 0 }];
   const sample = tellingBytes(bytes), isUtf8 = isMostlyUtf8(sample, partial);
   if (sample.length === 0) return [];
   // Of a long run only the beginning is looked at, which may cut a character.
   const canCut = partial || sample.length > RUN;
   return (among?.map(candidateOf) ?? ownCandidates()).filter(({ encoding }) => encoding !== "utf-8" || isUtf8)
     .map(({ encoding, rarity, languages }) => {
-      const whole = decode(sample, encoding);
+      const whole = decodeReading(sample, encoding);
       const text = canCut && isWide(encoding) ? whole.replace(/\ufffd{1,3}(?=\n)/g, "") : whole;
       const bits = bitsOf(text, languages()) + (whole.length - text.length) * CUT + rarity;
       return { encoding, text, bits: bits - (hints.get(encoding) ?? 0) };
@@ -4028,7 +4041,7 @@ function detectedEncoding(
 }
 
 /** What bytes of a request are in: UTF-8 if that is what they look like, else the charset in force. */
-function encodingInForce(bytes: Uint8Array, charset: string): string {
+function utf8OrInForce(bytes: Uint8Array, charset: string): string {
   return isValid(bytes, "utf-8") && isLikelierUtf8(bytes, charset) ? "utf-8" : charset;
 }
 
@@ -4098,7 +4111,7 @@ function sniffUtf16(bytes: Uint8Array): "utf-16le" | "utf-16be" | undefined {
   const most = Math.max(...zeros), encoding = most === zeros[1] ? "utf-16le" : "utf-16be";
   // A few may stand on the other side: U+4E00 has one, too.
   if (head.length % 2 !== 0 || Math.min(...zeros) * 3 >= most) return undefined;
-  const text = decode(head, encoding).slice(0, bytes.length > SAMPLE ? -1 : undefined);
+  const text = decodeReading(head, encoding).slice(0, bytes.length > SAMPLE ? -1 : undefined);
   // deno-lint-ignore no-control-regex
   const isText = !/[\p{Cn}\p{Co}\ufffd\0-\x08\x0e-\x1f\x7f-\x9f]/u.test(text);
   return isText && bitsOf(text, everyLanguage()) < 11 * text.length + 16 ? encoding : undefined;
@@ -4109,7 +4122,7 @@ function sniffIso2022Jp(bytes: Uint8Array): "iso-2022-jp" | undefined {
   const text = latin1(bytes.subarray(0, 0x10000));
   // deno-lint-ignore no-control-regex
   const isEscaped = /\x1b(?:\$[@B]|\([JI])/.test(text) && !/[\x80-\xff]/.test(text);
-  return isEscaped && !/\ufffd./s.test(decode(bytes, "iso-2022-jp")) ? "iso-2022-jp" : undefined;
+  return isEscaped && !/\ufffd./s.test(decodeReading(bytes, "iso-2022-jp")) ? "iso-2022-jp" : undefined;
 }
 
 /** Whether bytes are UTF-8, or damaged UTF-8: nine tenths of those beyond ASCII stand in well-formed sequences. */
@@ -4128,8 +4141,8 @@ function isMostlyUtf8(bytes: Uint8Array, partial = false): boolean {
 
 const DECODERS = new Map<string, TextDecoder>();
 
-/** Decodes as the platform does, but keeps a byte-order mark. */
-function decode(bytes: Uint8Array, encoding: string): string {
+/** How bytes read, to measure that: as the platform decodes them, or DOS; a byte-order mark stays. */
+function decodeReading(bytes: Uint8Array, encoding: string): string {
   const dos = DOS.get(encoding);
   if (dos !== undefined) return latin1(bytes).replace(/[\x80-\xff]/g, (byte) => dos[byte.charCodeAt(0) - 0x80]!);
   const decoder = DECODERS.get(encoding) ?? new TextDecoder(encoding, { ignoreBOM: true });
@@ -4222,10 +4235,10 @@ function characterBits(code: string): Uint8Array | undefined {
   const common = characters().get(code), bits = new Uint8Array(0x10000).fill(19 * BIT);
   if (common === undefined) return undefined;
   for (const [encoding, first, last, level] of LEVELS.get(code)!) {
-    const codes = range(first, last).flatMap((row) => range(0xa1, 0xfe).flatMap((column) => [row, column]));
+    const codes = numbers(first, last).flatMap((row) => numbers(0xa1, 0xfe).flatMap((column) => [row, column]));
     // Big5 has two more half rows.
     if (encoding === "big5") {
-      codes.push(...range(first, last).flatMap((row) => range(0x40, 0x7e).flatMap((column) => [row, column])));
+      codes.push(...numbers(first, last).flatMap((row) => numbers(0x40, 0x7e).flatMap((column) => [row, column])));
     }
     for (const character of decodeText(Uint8Array.from(codes), encoding)) bits[character.charCodeAt(0)] = level * BIT;
   }
@@ -4292,26 +4305,27 @@ function kindOfUnit(unit: number): number {
 function bitsOf(text: string, languages: readonly Language[], limit = Infinity): number {
   const numbers = letters(), known = kinds(), bits = unitBits(), moved = moves();
   const costs = new Float64Array(languages.length);
-  let common = 0, kindBefore = SPACE, before = 0, unitBefore = 0, least = 0;
+  let common = 0, kindBefore = SPACE, letterBefore = 0, unitBefore = 0, least = 0;
+  // A line feed behind the text ends its last word.
   for (let i = 0; i <= text.length; i++) {
-    const unit = i < text.length ? text.charCodeAt(i) : 0x0a, number = numbers[unit]!;
+    const unit = i < text.length ? text.charCodeAt(i) : 0x0a, letter = numbers[unit]!;
     const found = known[unit] || kindOfUnit(unit);
     const kind = found === UPPER && (kindBefore === UPPER || kindBefore === CAPITALS) ? CAPITALS : found;
     const isRepeated = unit === unitBefore && !isLetter(kind) && kind !== JUNK;
     common += isRepeated
       ? (isCharacter(kind) ? DOUBLED : REPEATED) * BIT
       : moved[(kindBefore - 1) * KINDS.length + kind - 1]! + bits[unit]!;
-    if (kind === MARK && number === 0) continue;
+    if (kind === MARK && letter === 0) continue;
     // A word ends where letters do.
     if (!isLetter(kind) || isCharacter(kindBefore)) {
-      if (before > 0) addLetter(costs, languages, before, 0);
-      before = 0;
+      if (letterBefore > 0) addLetter(costs, languages, letterBefore, 0);
+      letterBefore = 0;
       least = changeLanguage(costs);
       if (common + least > limit * BIT) return Infinity;
     }
-    if (isLetter(kind)) addLetter(costs, languages, before, number || -1);
+    if (isLetter(kind)) addLetter(costs, languages, letterBefore, letter || -1);
     else if (isCharacter(kind) && !isRepeated) addCharacter(costs, languages, unit);
-    [kindBefore, before, unitBefore] = [kind, isLetter(kind) ? number : 0, unit];
+    [kindBefore, letterBefore, unitBefore] = [kind, isLetter(kind) ? letter : 0, unit];
   }
   return (common + least) / BIT;
 }
@@ -4484,9 +4498,11 @@ const UNWRITTEN: ReadonlyMap<string, () => ReadonlyMap<string, string>> = new Ma
 ]);
 
 function charactersIn(encoding: string, before: string, first: number, last: number): ReadonlyMap<string, string> {
-  const columns = range(0x40, 0xfe);
-  const codes = range(first, last).flatMap((row) => columns.map((column) => before + String.fromCharCode(row, column)));
-  const characters = decode(latin1Bytes(codes.join("\n")), encoding).split("\n");
+  const columns = numbers(0x40, 0xfe);
+  const codes = numbers(first, last).flatMap((row) =>
+    columns.map((column) => before + String.fromCharCode(row, column))
+  );
+  const characters = decodeReading(latin1Bytes(codes.join("\n")), encoding).split("\n");
   return new Map(characters.map((character, i) => [character, codes[i]!]));
 }
 
@@ -4524,7 +4540,7 @@ function meanings(pieces: Pieces, written: Candidate): readonly Meaning[] {
   const [given = ""] = pieces, bytes = REPAIRS.get(encoding)?.(given) ?? given;
   const starts = isMultiByte(encoding) && /^[\x80-\xff]..../s.test(bytes) ? [0, 1] : [0];
   return starts.flatMap((start) => {
-    const text = decode(latin1Bytes(bytes.slice(start)), encoding).replace(/^\ufeff/, "");
+    const text = decodeReading(latin1Bytes(bytes.slice(start)), encoding).replace(/^\ufeff/, "");
     // A character may be cut off at each end. Other bytes hardly ever look like UTF-8.
     const kept = isWide(encoding) ? text.replace(/^\ufffd{1,3}(?=..)|(?<=..)\ufffd{1,3}$/gsu, "") : text;
     const cut = text.length - kept.length + start, beyondAscii = kept.replace(/\p{ASCII}/gu, "").length;
@@ -4538,16 +4554,16 @@ function meaningsOfPieces(pieces: Pieces, written: Candidate): readonly Meaning[
   if (encoding.startsWith("utf-16") || encoding === "iso-2022-jp") return [];
   // What was lost may be part of a character: FF is part of none.
   if (encoding === "utf-8") {
-    return [{ text: decode(latin1Bytes(REPAIRS.get(encoding)!(pieces.join("\xff"))), encoding), bits: 0 }];
+    return [{ text: decodeReading(latin1Bytes(REPAIRS.get(encoding)!(pieces.join("\xff"))), encoding), bits: 0 }];
   }
   return [{ text: pieces.map((bytes) => aligned(bytes, written)).join("\ufffd"), bits: 0 }];
 }
 
 /** A piece after something lost may begin within a character. */
 function aligned(bytes: string, { encoding, languages }: Candidate): string {
-  if (!isMultiByte(encoding)) return decode(latin1Bytes(bytes), encoding);
+  if (!isMultiByte(encoding)) return decodeReading(latin1Bytes(bytes), encoding);
   const [whole = "", rest = ""] = [bytes, bytes.slice(1)].map((bytes) =>
-    decode(latin1Bytes(bytes), encoding).replace(/^\ufffd|\ufffd$/g, "")
+    decodeReading(latin1Bytes(bytes), encoding).replace(/^\ufffd|\ufffd$/g, "")
   );
   return bitsOf(rest, languages()) + CUT < bitsOf(whole, languages()) ? rest : whole;
 }
@@ -4567,7 +4583,7 @@ const OTHER_ESCAPES:
     ],
     ["percent-encoding of URLs", /(?:%[0-9a-f]{2})+/gi, (escape) => {
       const bytes = latin1Bytes(bytesIn(escape, "%"));
-      return decode(bytes, isMostlyUtf8(bytes) ? "utf-8" : detect(bytes)[0]?.encoding ?? "utf-8");
+      return decodeReading(bytes, isMostlyUtf8(bytes) ? "utf-8" : detect(bytes)[0]?.encoding ?? "utf-8");
     }],
     [
       "encoded words of mail",
@@ -4973,17 +4989,17 @@ function describeForPrograms({ name, isFolder, size, time }: FolderEntry) {
 /** The entries of one page, and how many the folder has, which was reached without a link. Throws 404 or 503. */
 async function readPage(site: Site, path: string, asked: ListingQuery) {
   for (let attempt = 0; attempt < LISTING_ATTEMPTS; attempt++) {
-    const folder = statOf(path), listed = await readFolder(site, path).catch(undefinedIfAbsent);
+    const folder = lstatOf(path), listed = await readFolder(site, path).catch(undefinedIfAbsent);
     if (folder === undefined || listed === undefined) throw new HttpError(404, "This folder no longer exists");
     const entries = await describePage(path, listed, asked);
     // If the folder was swapped for a link meanwhile, nothing from elsewhere may be shown.
     const shown = entries.filter(({ name }) => !listed.links.has(name));
     const isShown = (found: FileInfo) => {
-      const entry = shown[Math.floor(Math.random() * shown.length)], info = entry && statOf(entry.real);
+      const entry = shown[Math.floor(Math.random() * shown.length)], info = entry && lstatOf(entry.real);
       return entry === undefined ? isSameFile(found, folder) : info !== undefined && isSameFile(info, entry.info);
     };
     const count = listed.folders.length + listed.files.length;
-    if (site.server.settings.followLinks || isReached(path, isShown)) return { entries, count };
+    if (site.server.settings.followLinks || isReachedDirectly(path, isShown)) return { entries, count };
   }
   throw new HttpError(503, "This folder is being changed", [["Retry-After", "1"]]);
 }
@@ -5005,7 +5021,7 @@ async function readFolder(site: Site, path: string): Promise<Listed> {
     // Links may lead anywhere: only a look tells. Other names are looked at when they are shown.
     const entry = isSymlink ? describeLink(site, pathBelow({ path }, name)) : undefined;
     if (isSymlink && ++count % LISTING_SLICE === 0) await yieldToOthers();
-    if (name.includes("\ufffd") && statOf(pathBelow({ path }, name)) === undefined) unreadable++;
+    if (name.includes("\ufffd") && lstatOf(pathBelow({ path }, name)) === undefined) unreadable++;
     else if (isDirectory || entry?.isFolder) folders.push(name);
     else if (isFile || entry !== undefined) files.push(name);
     if (entry !== undefined) links.set(name, entry);
@@ -5325,7 +5341,7 @@ function searchName({ site, words }: Search, path: readonly string[], at: Folder
 
 /** Whether something found is in its place still, and was not reached by a link. */
 function isThere({ server }: Site, { real, info }: FolderEntry): boolean {
-  return server.settings.followLinks || isReached(real, (found) => isSameFile(found, info));
+  return server.settings.followLinks || isReachedDirectly(real, (found) => isSameFile(found, info));
 }
 
 function hasAll(folded: string, words: readonly string[]): boolean {
@@ -5339,7 +5355,7 @@ async function searchText(search: Search, path: readonly string[], real: string)
   if (type !== undefined && type !== "video/mp2t" && charsetRule(type) === "none") return undefined;
   try {
     await yieldToOthers();
-    using file = await openNow(real);
+    using file = await openInTime(real);
     const info = file?.stat(), entry = info?.isFile ? entryOf(name, real, info) : undefined;
     if (file === undefined || entry === undefined || entry.isFolder) return undefined;
     if (entry.size > SEARCHED_FILE) search.large++;
@@ -5405,7 +5421,7 @@ function mayHaveLetters(bytes: Uint8Array, { bits, all }: Letters): boolean {
   return found === all;
 }
 
-const PAIR_LEADS = range(0x81, 0xfe), PAIR_TRAILS = range(0x20, 0xfe);
+const PAIR_LEADS = numbers(0x81, 0xfe), PAIR_TRAILS = numbers(0x20, 0xfe);
 
 /** The pairs of bytes that characters are, or end with, which fold into a letter, or into more with it. */
 function pairsOf(letter: string): number[] {
@@ -5423,7 +5439,9 @@ function pairsOf(letter: string): number[] {
     const [a = 0, b = 0, c = 0, d] = encodeText(String.fromCharCode(unit), "gb18030", "html").bytes;
     if (d !== undefined) pairs.push(a << 8 | b, c << 8 | d);
     // Half-width katakana are one byte of Shift_JIS, behind any other (Encoding §12.3.1).
-    if (unit >= 0xff61 && unit <= 0xff9f) pairs.push(...range(0, 0xff).map((byte) => byte << 8 | unit - 0xff61 + 0xa1));
+    if (unit >= 0xff61 && unit <= 0xff9f) {
+      pairs.push(...numbers(0, 0xff).map((byte) => byte << 8 | unit - 0xff61 + 0xa1));
+    }
   }
   return pairs;
 }
@@ -5543,7 +5561,10 @@ function excerpt(line: string, index: number): string {
 /** Letters whose case folding differs from their small form: ß is ss, and ς is σ. */
 const OTHERWISE_FOLDED = /[ßı\u01f0\u0345\u0390\u03b0ς\u1c80-\u1c88\u1e96-\u1e99\u1f50-\u1ffc]/g;
 
-/** One form for all texts that are the same but for case, width, and the form of Unicode (UAX 15, NFKC). */
+/**
+ * One form for all texts that are the same but for case, width, and the form of Unicode (UAX 15, NFKC). Line feeds stay, and
+ * a longer text never becomes shorter: `scanBlock` and `excerpt` count on it.
+ */
 function fold(text: string): string {
   return text.normalize("NFKC").toLowerCase()
     .replace(OTHERWISE_FOLDED, (letter) => letter.toUpperCase().toLowerCase())
@@ -6109,12 +6130,12 @@ ${
 async function handleText(incoming: Incoming): Promise<Answer> {
   const { query, charset } = incoming, get = (name: string) => query.get(name) || undefined;
   const text = incoming.method === "POST" ? await incoming.text() : get("text") ?? "";
-  const type = readParameter(query, "type", mediaType) ?? "text/plain";
+  const type = readParameter(query, "type", mediaTypeOption) ?? "text/plain";
   const chunkSize = numberParameter(query, "chunk", 1, 65536), delay = numberParameter(query, "delay", 0, 10_000);
   const mode = readParameter(query, "unmappable", oneOf("auto", "html", "replacement", "fatal")) ?? "auto";
   const declare = readParameter(query, "declare", labelOption), meta = readParameter(query, "meta", labelOption);
   const mark = query.has("bom") ? byteOrderMark(get("bom") ?? "1", charset) : NO_BYTES;
-  const { bytes } = encodeText(declarationOf(type, meta) + text, charset, unmappableFor(mode, type));
+  const { bytes } = encodeText(declarationText(type, meta) + text, charset, unmappableFor(mode, type));
   const body = concat([mark, bytes]);
   if (delay) await pause(delay);
   return {
@@ -6137,7 +6158,7 @@ function byteOrderMark(wanted: string, charset: string): Uint8Array {
 }
 
 /** What a document of that type writes to declare a charset within itself. */
-function declarationOf(type: string, label: string | undefined): string {
+function declarationText(type: string, label: string | undefined): string {
   if (label === undefined) return "";
   if (type === "text/html") return `<!DOCTYPE html><meta charset="${label}">`;
   if (type === "text/css") return `@charset "${label}";\n`;
@@ -6155,7 +6176,7 @@ const TEXT_SHORTHANDS: ReadonlyMap<string, string> = new Map([
   ["js", "text/javascript"],
 ]);
 
-function mediaType(text: string): string {
+function mediaTypeOption(text: string): string {
   const type = TEXT_SHORTHANDS.get(text) ?? text.toLowerCase();
   if (MEDIA_TYPE.test(type)) return type;
   throw new UsageError("expected a media type such as text/html, or html");
@@ -6185,7 +6206,7 @@ function hex(bytes: Uint8Array): string {
 }
 
 // ── Vocabulary ───────────────────────────────────────────────────────────────────────────────────
-// The words that HTTP is made of: fields, tokens, dates, qualities, and the statuses a server says.
+// The words that several sections speak: fields, tokens, dates, qualities, statuses; values as people type them.
 
 type Field = readonly [name: string, value: string];
 
@@ -6214,7 +6235,7 @@ const REASONS: Readonly<Record<number, string>> = {
 };
 
 /**
- * An error that is an answer, such as 404. Any stage, and any handler, may throw it; the connection
+ * An error that is an answer, such as 404. Any stage, and any handler, may throw it; the exchange
  * turns it into a small page. The message is shown to the client.
  */
 export class HttpError extends Error {
@@ -6231,6 +6252,7 @@ export class HttpError extends Error {
     options?: ErrorOptions,
   ) {
     super(message, options);
+    if (!(status >= 400 && status <= 599)) throw new TypeError(`Cannot send status ${status} as an error`);
     this.name = "HttpError";
     this.status = status;
     this.fields = fields.map(([name, value]) => checkField(name, value));
@@ -6516,14 +6538,14 @@ async function within<T>(time: number, promise: Promise<T>): Promise<T | undefin
 /** How long work goes on before others are served, in milliseconds. */
 const WORK_TIME = 8;
 /** When the event loop last had its turn; the queue of work that waits; and how much that is. */
-let workedSince = 0, workLine: Promise<unknown> = Promise.resolve(), workers = 0;
+let workedSince = 0, workLine: Promise<unknown> = Promise.resolve(), waitingSteps = 0;
 
 /** What takes long waits for this before each step of it: one step at a time, and others are served in between. */
 async function yieldToOthers(): Promise<void> {
-  if (workers === 0 && performance.now() - workedSince < WORK_TIME) return;
-  workers++;
+  if (waitingSteps === 0 && performance.now() - workedSince < WORK_TIME) return;
+  waitingSteps++;
   await (workLine = workLine.then(() => pause(0)));
-  workers--;
+  waitingSteps--;
   workedSince = performance.now();
 }
 
@@ -6644,13 +6666,13 @@ class Log {
    */
   response(exchange: Exchange, message: Message, head: string | Uint8Array, sent: number): void {
     if (this.#form === "none") return;
-    const { status, charset, lost, note } = message, bytes = exchange.method === "HEAD" || sent === 0 ? "-" : sent;
+    const { status, charset, lost, reason } = message, bytes = exchange.method === "HEAD" || sent === 0 ? "-" : sent;
     if (this.#form === "wire") {
       this.append(wireLines(exchange.number, "<", typeof head === "string" ? head : headOf(head)));
     }
     const quoted = (name: string) => ` "${escapeWire(exchange.header(name) ?? "-").replace(/["\\]/g, "\\$&")}"`;
     const agent = this.#form === "combined" ? quoted("referer") + quoted("user-agent") : "";
-    const rest = (lost ? ` lost=${lost}` : "") + (note === undefined ? "" : ` reason="${escapeControls(note)}"`);
+    const rest = (lost ? ` lost=${lost}` : "") + (reason === undefined ? "" : ` reason="${escapeControls(reason)}"`);
     this.append(
       `${exchange.remote} - ${exchange.user} [${this.#stamp()}] "${exchange.requestLine}" ${status} ${bytes}${agent} "${
         charset ?? "-"
@@ -6828,7 +6850,7 @@ function checkWorkersAllowed(): void {
 
 // ── Options and command line ─────────────────────────────────────────────────────────────────────
 // Each option is one row: how it is written, what it means, how it is read, what it starts as, and what it
-// goes with. The command line, `--help`, `serve()` and README follow from this table.
+// goes with. The command line, `--help` and the defaults of `serve()` follow from this table; README is held to it.
 
 const VERSION = "0.1.0";
 
@@ -7116,6 +7138,7 @@ async function parseArguments(args: readonly string[]): Promise<CommandLine> {
   return settings as CommandLine;
 }
 
+/** The value of an option; what `read` throws is the user's mistake. */
 function readValue({ key, long, read = readSwitch, secret }: OptionRow, text: string): unknown {
   // An empty text can be served.
   if (text === "" && read !== readSwitch && key !== "body") throw new UsageError(`${long} needs a value`);
