@@ -1418,7 +1418,7 @@ Deno.test("locateFile() finds 404.html by its name: 200", async () => {
 });
 
 /** After so many milliseconds, nothing changed lately. */
-const RESTED = 60_000;
+const RESTED = 20_000;
 
 /** What a path leads to, before and after a change. */
 const APPEARANCES: readonly [
