@@ -24,6 +24,10 @@ const WRONG_OPTIONS: readonly [says: string, ServeOptions, ErrorClass, message: 
   ["a charset that cannot be written", { charset: "iso-2022-kr" }, RangeError, "iso-2022-kr"],
   ["an unknown source charset", { sourceCharset: "koi9-r" }, RangeError, "did you mean koi8-r?"],
   ["a ROOT that does not exist", { root: "/no/such/folder" }, Deno.errors.NotFound, ""],
+  ["a field of two lines", { header: [["X-A", "1\r\nX-B: 2"]] }, TypeError, "X-A"],
+  ["a field whose name is none", { header: [["X A", "1"]] }, TypeError, "X A"],
+  ["a field that is the server's to write", { header: [["Content-Length", "5"]] }, TypeError, "the server's to write"],
+  ["a declaration of two lines", { declare: "a\r\nb" }, TypeError, "Content-Type"],
 ];
 
 for (const [says, options, expected, message] of WRONG_OPTIONS) {
@@ -31,16 +35,6 @@ for (const [says, options, expected, message] of WRONG_OPTIONS) {
     assertThrows(() => serve({ port: 0, ...options }), expected, message);
   });
 }
-
-Deno.test("settingsOf() refuses options that would break a head apart", () => {
-  const options: ServeOptions[] = [
-    { header: [["X-A", "1\r\nX-B: 2"]] },
-    { header: [["X A", "1"]] },
-    { header: [["Content-Length", "5"]] },
-    { declare: "a\r\nb" },
-  ];
-  for (const each of options) assertThrows(() => serve({ port: 0, ...each }), TypeError);
-});
 
 Deno.test("serve() refuses a port in use", async () => {
   await using server = serveEcho();
@@ -70,17 +64,24 @@ const HOSTS: readonly [says: string, ServeOptions, host: string, status: number]
   ["its own beside an allowed one", { allowHost: ["good.example"] }, "localhost", 200],
   ["any name, if any is allowed", { allowHost: ["*"] }, "evil.example", 200],
   ["any name, if other machines are let in", { host: "0.0.0.0" }, "evil.example", 200],
+  ["an allowed name, if other machines are let in", { host: "0.0.0.0", allowHost: ["a.example"] }, "a.example", 200],
+  ["another name, if one is allowed", { host: "0.0.0.0", allowHost: ["a.example"] }, "evil.example", 421],
+  ["a name below localhost, if that is not allowed", { host: "0.0.0.0", allowHost: ["a.example"] }, "a.localhost", 421],
+  ["its address, if other machines are let in", { host: "0.0.0.0", allowHost: ["a.example"] }, "0.0.0.0:80", 200],
 ];
 
 for (const [says, options, host, status] of HOSTS) {
   Deno.test(`Server: ${status} for ${says}: ${host}`, async () => {
     await using server = serveEcho({ allowHost: [], ...options });
     const addr = { ...server.addr as Deno.NetAddr, hostname: "127.0.0.1" };
-    assertEquals((await ask({ addr }, head("GET / HTTP/1.1", `Host: ${host}`))).status, status);
+    const reply = await ask({ addr }, head("GET / HTTP/1.1", `Host: ${host}`));
+    assertEquals(reply.status, status);
+    if (status === 421) assertStringIncludes(textOf(reply), `--allow-host ${host.replace(/:\d+$/, "")} for that`);
     // The target's own host counts, not Host's (RFC 9112 §3.2.2).
     if (host === "") return;
     assertEquals((await ask({ addr }, head(`GET http://${host}/ HTTP/1.1`, "Host: localhost"))).status, status);
-    const behind = head("GET http://localhost/ HTTP/1.1", `Host: ${host}`);
+    const allowed = options.host === undefined ? "localhost" : options.allowHost?.[0] ?? "any.example";
+    const behind = head(`GET http://${allowed}/ HTTP/1.1`, `Host: ${host}`);
     assertEquals((await ask({ addr }, behind)).status, 200);
   });
 }
@@ -221,6 +222,8 @@ const PERSISTENCE: readonly [says: string, request: string, connection: string |
   ["HTTP/1.0 ends", head("GET / HTTP/1.0"), "close"],
   ["HTTP/1.0 with keep-alive keeps", head("GET / HTTP/1.0", "Connection: Keep-Alive"), "keep-alive"],
   ["HTTP/1.0 with keep-alive and close ends", head("GET / HTTP/1.0", "Connection: keep-alive, close"), "close"],
+  ["HTTP/1.0 with an unknown wish ends", head("GET / HTTP/1.0", "Connection: x"), "close"],
+  ["HTTP/1.9 keeps", head("GET / HTTP/1.9", "Host: a"), undefined],
 ];
 
 for (const [says, request, connection] of PERSISTENCE) {
@@ -356,6 +359,64 @@ const CONNECTIONS: readonly [says: string, ServeOptions, (client: Client, server
     await client.end();
     client[Symbol.dispose]();
     for (let status = 503; status !== 200;) ({ status } = await ask(server, get("/")));
+  }],
+  [
+    "answers no connection where even those that were refused are too many",
+    { maxConnections: 1 },
+    async (client, server) => {
+      await client.send(get("/"));
+      await client.receive();
+      using refused = await Client.connect(server);
+      assertEquals((await refused.receive()).status, 503);
+      using third = await Client.connect(server);
+      await third.end();
+    },
+  ],
+  [
+    "does not wait for what follows an empty line behind content",
+    { headerTimeout: 50, idleTimeout: 150 },
+    async (client) => {
+      await client.send(post("/echo", "hello") + "\r\n");
+      assertEquals((await client.receive()).status, 200);
+      await client.end(); // Without 408: no request has begun.
+    },
+  ],
+  [
+    "answers first, then ends, if it would have to read past more chunks than it takes",
+    { maxBody: 8 },
+    async (client) => {
+      await client.send(
+        head("GET / HTTP/1.1", "Host: a", "Transfer-Encoding: chunked") + "9\r\n123456789\r\n0\r\n\r\n" + get("/"),
+      );
+      assertEquals((await client.receive()).status, 200);
+      await client.end();
+    },
+  ],
+  ["reads past as many chunks as it takes", { maxBody: 8 }, async (client) => {
+    await client.send(
+      head("GET / HTTP/1.1", "Host: a", "Transfer-Encoding: chunked") + "8\r\n12345678\r\n0\r\n\r\n" + get("/"),
+    );
+    for (let i = 0; i < 2; i++) assertEquals((await client.receive()).status, 200);
+  }],
+  ["says 503 to content that there is no memory for", { maxBody: 2 ** 30 }, async (client, server) => {
+    await client.send(framed("", `Content-Length: ${2 ** 30}`));
+    let answered = false;
+    const reply = client.receive().finally(() => answered = true), piece = new Uint8Array(2 ** 20);
+    while (!answered) await client.conn.write(piece).catch(() => delay(1));
+    assertEquals([(await reply).status, (await reply).fields.get("retry-after")], [503, "1"]);
+    client[Symbol.dispose]();
+    // What was taken is given back.
+    assertEquals((await ask(server, post("/echo", "hello"))).status, 200);
+  }],
+  ["serves many that ask at once, again and again", {}, async (_, server) => {
+    const clients = await Promise.all(Array.from({ length: 200 }, () => Client.connect(server)));
+    for (let i = 0; i < 4; i++) {
+      await Promise.all(clients.map((client) => client.send(get("/"))));
+      for (const { status } of await Promise.all(clients.map((client) => client.receive()))) assertEquals(status, 200);
+      // Those that have nothing to say do not keep the others waiting.
+      for (const silent of clients.splice(0, 10)) silent[Symbol.dispose]();
+    }
+    for (const client of clients) client[Symbol.dispose]();
   }],
 ];
 
@@ -508,6 +569,9 @@ const METHODS: readonly [method: string, target: string, status: number, allow?:
   ["get", "/", 501],
   ["GETGET", "/", 501],
   ["!#$%&'*+-.^_`|~09azAZ", "/", 501],
+  ["TRACE", "/nowhere", 405, "OPTIONS"],
+  ["HEAD", "/nowhere", 404],
+  ["DELETE", "/nowhere", 404],
 ];
 
 for (const [method, target, status, allow] of METHODS) {
@@ -543,9 +607,15 @@ Deno.test("parseTarget() takes an absolute target without a path", () => onTheWi
 Deno.test("parseTarget() takes an absolute target that goes on with its query", () =>
   onTheWire(get("http://a?b"), 200, false));
 
+/** All that a value may have within (RFC 9110 §5.5). */
+const VALUE_BYTES = latin1(
+  Uint8Array.from({ length: 256 }, (_, i) => i).filter((i) => i > 0x1f && i !== 0x7f || i === 9),
+);
+
 const HEADS: readonly [says: string, request: string, x?: string][] = [
   ["one empty line before it", "\r\n" + get("/echo")],
   ["several empty lines before it", "\r\n\r\n\r\n" + get("/echo")],
+  ["an empty line before it, and content that is ignored", "\r\n" + get("/echo", "Content-Length: 2") + "hi"],
   ["twenty empty lines before it", "\r\n".repeat(20) + get("/echo")],
   ["the highest port", get("http://a:65535/echo")],
   ["a method's field names in any case", head("GET /echo HTTP/1.1", "hOST: a", "x: 1"), "1"],
@@ -564,6 +634,10 @@ const HEADS: readonly [says: string, request: string, x?: string][] = [
   ["100 fields", get("/echo", ...Array.from({ length: 99 }, (_, i) => `X: ${i}`))],
   ["a target of 8 KiB", get("/echo/".padEnd(8 * 1024, "a"))],
   ["a head of 16 KiB", get("/echo", "X: ".padEnd(16 * 1024 - get("/echo", "").length, "a"))],
+  ["a name that is nearly Host", head("GET /echo HTTP/1.1", "Host: a", "Hxst: b/c", "X: 1"), "1"],
+  ["white space behind Host", head("GET /echo HTTP/1.1", "Host: \t a \t ")],
+  ["a long value with obs-text", get("/echo", `X: ${"\xe4".repeat(5000)}`), "\xe4".repeat(5000)],
+  ["a value of each byte that it may have", get("/echo", `X: !${VALUE_BYTES}!`), `!${VALUE_BYTES}!`],
 ];
 
 for (const [says, request, x] of HEADS) {
@@ -669,6 +743,9 @@ for (const [says, request, status = 400] of REFUSED_HEADS) {
   Deno.test(`parseRequest() refuses ${says}: ${status}`, () => onTheWire(request, status, true));
 }
 
+/** Fewer than 16 KiB, by 16 bytes. */
+const TRAILERS = `X: ${"a".repeat(1020)}\r\n`.repeat(16);
+
 const FRAMINGS: readonly [says: string, request: string, content: string][] = [
   ["no content", framed(""), ""],
   ["a length", framed("hello", "Content-Length: 5"), "hello"],
@@ -698,6 +775,8 @@ const FRAMINGS: readonly [says: string, request: string, content: string][] = [
   ["a trailer that would change the framing", chunked("2\r\nhi\r\n0\r\nContent-Length: 9\r\n\r\n"), "hi"],
   ["chunked in any case", framed("0\r\n\r\n", "Transfer-Encoding: CHUNKED"), ""],
   ["a large chunk", chunked(`2710\r\n${"x".repeat(10_000)}\r\n0\r\n\r\n`), "x".repeat(10_000)],
+  ["a chunk's line of 1 KiB", chunked(`2;${"a".repeat(1021)}\r\nhi\r\n0\r\n\r\n`), "hi"],
+  ["16 KiB of trailers", chunked(`2\r\nhi\r\n0\r\n${TRAILERS}Y: ${"a".repeat(13)}\r\n\r\n`), "hi"],
 ];
 
 for (const [says, request, content] of FRAMINGS) {
@@ -747,6 +826,8 @@ const REFUSED_FRAMINGS: readonly [says: string, request: string, status?: number
     framed("", "Transfer-Encoding: foo", "Transfer-Encoding: chunked"),
     501,
   ],
+  ["a length of sixteen digits", framed("", "Content-Length: 1000000000000000")],
+  ["a length of fifteen digits, which is too much", framed("", "Content-Length: 100000000000000"), 413],
 ];
 
 for (const [says, request, status = 400] of REFUSED_FRAMINGS) {
@@ -783,6 +864,8 @@ const REFUSED_CHUNKS: readonly [says: string, content: string, status?: number][
   ["a trailer that ends without CR", "0\r\nX: 1\n\r\n"],
   ["a trailer without an end", "0\r\n" + "X: 1\r\n".repeat(4096)],
   ["more than the limit", "100000\r\n" + "x".repeat(0x100000) + "\r\n1\r\nx\r\n0\r\n\r\n", 413],
+  ["an extension that makes a line longer than 1 KiB", `5;${"a".repeat(1022)}\r\nhello\r\n0\r\n\r\n`],
+  ["more than 16 KiB of trailers", `0\r\n${TRAILERS}Y: ${"a".repeat(14)}\r\n\r\n`],
 ];
 
 for (const [says, content, status = 400] of REFUSED_CHUNKS) {
@@ -805,6 +888,14 @@ const CLIENTS: readonly [says: string, trustProxy: boolean, fields: string[], cl
     "2001:db8::1",
   ],
   ["who connects, if what is forwarded is no address", true, ['X-Forwarded-For: "\xe9'], "127.0.0.1"],
+  ["who is forwarded by a name of 64 characters", true, [`X-Forwarded-For: ${"a".repeat(64)}`], "a".repeat(64)],
+  ["who connects, if what is forwarded is longer", true, [`X-Forwarded-For: ${"a".repeat(65)}`], "127.0.0.1"],
+  [
+    "who is forwarded by the standard, before others",
+    true,
+    ["X-Forwarded-For: 192.0.2.1", "Forwarded: for=192.0.2.2"],
+    "192.0.2.2",
+  ],
 ];
 
 for (const [says, trustProxy, fields, client] of CLIENTS) {
@@ -841,6 +932,8 @@ const CREDENTIALS: readonly [says: string, fields: string[], status: number, use
   ["what is no base64", ["Authorization: Basic joe:s3cret"], 401, "-"],
   ["another scheme", ["Authorization: Bearer s3cret"], 401, "-"],
   ["two", [basic("joe:s3cret"), basic("joe:s3cret")], 401, "-"],
+  ["half a base64", ["Authorization: Basic abcde"], 401, "-"],
+  ["bytes that are no UTF-8", ["Authorization: Basic /zpz"], 401, "-"],
 ];
 
 for (const [says, fields, status, user] of CREDENTIALS) {
@@ -894,8 +987,14 @@ Deno.test("formatHead() answers a preflight", async () => {
   const preflight = head("OPTIONS /echo HTTP/1.1", "Host: a", "Origin: http://b", "Access-Control-Request-Method: PUT");
   const { status, fields } = await ask(server, preflight);
   assertEquals([status, fields.get("access-control-allow-origin")], [204, "*"]);
-  assertStringIncludes(fields.get("access-control-allow-methods") ?? "", "PUT");
-  assert(fields.has("access-control-allow-headers"));
+  assertEquals(fields.get("access-control-allow-methods"), "GET, HEAD, POST, PUT, PATCH, DELETE");
+  assertEquals(fields.get("access-control-allow-headers"), "*, Authorization");
+  assertEquals(fields.get("access-control-max-age"), "86400");
+  // Without being asked for a method, it is no preflight; and where nobody else may read, there is none.
+  const plain = preflight.replace(/Access-Control.*\r\n/, "");
+  assertEquals((await ask(server, plain)).fields.get("allow"), "GET, POST, HEAD, OPTIONS");
+  await using closed = serveEcho();
+  assertEquals((await ask(closed, preflight)).fields.get("allow"), "GET, POST, HEAD, OPTIONS");
 });
 
 const SELECTIONS: readonly [
@@ -927,6 +1026,11 @@ const SELECTIONS: readonly [
   ["the default if the qualities are malformed", "big5", "/", "gbk;q=2, koi8-r;q=x, euc-kr;q=0.1234", "big5"],
   ["what is accepted with white space and parameters", undefined, "/", " gbk ; x=y ; q=1.000 ,, ", "gbk"],
   ["the default for an empty field", "big5", "/", "", "big5"],
+  ["what a query asks for between spaces", undefined, "/?charset=+gbk+", undefined, "gbk"],
+  ["what is accepted on a second line", undefined, "/", "klingon\r\nAccept-Charset: gbk", "gbk"],
+  ["what is accepted before a worse default", "big5", "/", "big5;q=0.5, gbk;q=0.6", "gbk"],
+  ["the default, though all else is accepted less", "big5", "/", "*;q=0.1", "big5"],
+  ["the default if a quality is more than 1", "big5", "/", "gbk;q=1.001", "big5"],
 ];
 
 for (const [says, configured, target, accept, charset] of SELECTIONS) {
@@ -970,6 +1074,19 @@ const FORMS: readonly [says: string, query: string, pairs: [string, string][]][]
   ["bytes that are no text", "a=%FF%C4", [["a", "\ufffd\ufffd"]]],
   ["NUL", "a=%00", [["a", "\0"]]],
   ["bytes that should have been percent-encoded", "a=\xe4\xbd\xa0", [["a", "你"]]],
+  ["percent-encoding in small letters", "a=%e4%bd%a0", [["a", "你"]]],
+  ["escapes beside what is none", "a=%G0%0G%41%", [["a", "%G0%0GA%"]]],
+  ["what could be UTF-8, as what is likelier", "charset=gbk&a=%C4%A3", [["charset", "gbk"], ["a", "模"]]],
+  ["what could be UTF-8, and is likelier that", "charset=windows-1252&a=%C3%A9", [["charset", "windows-1252"], [
+    "a",
+    "é",
+  ]]],
+  ["a reference to the last character", "_charset_=latin2&a=%26%231114111%3B", [["_charset_", "latin2"], [
+    "a",
+    "\u{10ffff}",
+  ]]],
+  ["a reference of one digit as typed", "_charset_=latin2&a=%26%239%3B", [["_charset_", "latin2"], ["a", "&#9;"]]],
+  ["a name in the charset asked for", "charset=gbk&%C4%E3=a", [["charset", "gbk"], ["你", "a"]]],
 ];
 
 for (const [says, query, pairs] of FORMS) {
@@ -1063,6 +1180,7 @@ const ON_ERROR: readonly [
   ["answers with a promise of an answer", () => Promise.resolve({ status: 503, body: "x" }), 503, "x"],
   ["answers with a Response", () => new Response("x", { status: 502 }), 502, "x"],
   ["leaves the answer to the server", () => {}, 500],
+  ["answers with bytes", () => bytesOf("x"), 200, "x"],
 ];
 
 for (const [says, onError, status, text] of ON_ERROR) {
@@ -1719,10 +1837,23 @@ const ANSWERS: readonly [says: string, Handler, Expected][] = [
     fields: { "x-y": "text/css" },
   }],
   ["fields that are the server's to write", () => ({
-    headers: { "Content-Length": "9", Connection: "x", Date: "today", "Transfer-Encoding": "gzip" },
+    headers: {
+      "Content-Length": "9",
+      Connection: "x",
+      Date: "today",
+      "Transfer-Encoding": "gzip",
+      "Keep-Alive": "x",
+      Upgrade: "x",
+    },
     body: "a",
-  }), { text: "a", fields: { connection: undefined, "transfer-encoding": undefined } }],
-  ["Vary beside the server's", () => ({ headers: { vary: "Cookie" }, body: "a" }), { text: "a" }],
+  }), {
+    text: "a",
+    fields: { connection: undefined, "transfer-encoding": undefined, "keep-alive": undefined, upgrade: undefined },
+  }],
+  ["Vary beside the server's", () => ({ headers: { vary: "Cookie" }, body: "a" }), {
+    text: "a",
+    fields: { vary: "Cookie, Accept-Charset" },
+  }],
   ["text in a charset of its own", () => ({ body: "你", charset: "big5" }), {
     text: "你",
     fields: { "content-type": "text/plain;charset=big5", vary: undefined },
@@ -1764,6 +1895,42 @@ const ANSWERS: readonly [says: string, Handler, Expected][] = [
   ["a field name of two lines", () => ({ headers: { "X: 1\r\nInjected": "2" } }), { status: 500 }],
   ["a type of two lines", () => ({ type: "text/plain\r\nInjected: 2", body: "a" }), { status: 500 }],
   ["a declaration of two lines", () => ({ declare: "x\r\nInjected: 2", body: "a" }), { status: 500 }],
+  ["a status below 200", () => ({ status: 199 }), { status: 500 }],
+  ["a status above 599", () => ({ status: 600 }), { status: 500 }],
+  ["a status that is no whole number", () => ({ status: 200.5 }), { status: 500 }],
+  ["the highest status", () => ({ status: 599, body: "a" }), { status: 599, text: "a" }],
+  ["a type in capitals, with a parameter", () => ({ headers: { "Content-Type": "TEXT/HTML ; x=y" }, body: "a" }), {
+    fields: { "content-type": "text/html;charset=utf-8" },
+  }],
+  [
+    "a type beside a type among the fields",
+    () => ({ type: "text/css", headers: { "Content-Type": "a/b" }, body: "a" }),
+    {
+      fields: { "content-type": "text/css;charset=utf-8" },
+    },
+  ],
+  [
+    "bytes with a type among the fields",
+    () => ({ headers: { "Content-Type": "text/css;charset=gbk" }, body: bytesOf("a") }),
+    {
+      fields: { "content-type": "text/css;charset=gbk" },
+    },
+  ],
+  ["bytes under no label", () => ({ body: bytesOf("a"), type: "text/css", charset: "gbk", declare: "none" }), {
+    fields: { "content-type": "text/css" },
+  }],
+  ["bytes in chunks", () => ({ body: bytesOf("a".repeat(20_000)), chunkSize: 7 }), {
+    text: "a".repeat(20_000),
+    fields: { "transfer-encoding": "chunked" },
+  }],
+  ["JSON in UTF-8 alone", () => ({ type: "application/json", body: "1", charset: "gbk" }), {
+    fields: { "content-type": "application/json", vary: undefined },
+  }],
+  ["nothing with a type", () => ({ status: 304, type: "text/css" }), {
+    status: 304,
+    fields: { "content-type": undefined },
+  }],
+  ["an empty text with another status", () => ({ status: 201 }), { status: 201, fields: { "content-length": "0" } }],
 ];
 
 for (const [says, handler, { status = 200, fields = {}, text }] of ANSWERS) {
@@ -1791,13 +1958,22 @@ Deno.test("represent() asks the handler each time, though requests be equal", as
   assertEquals(text, "你好你你好你");
 });
 
-Deno.test("represent() keeps what is constant for equal requests only", async () => {
-  await using server = serveEcho({ routes: [[/^/, () => ({ body: "你", constant: true })]] });
-  using client = await Client.connect(server);
-  await client.send((get("/") + get("/", "Accept-Charset: gbk")).repeat(3));
-  const bytes = [];
-  for (let i = 0; i < 6; i++) bytes.push(hex((await client.receive()).content));
-  assertEquals(bytes, Array(3).fill(["e4 bd a0", "c4 e3"]).flat());
+Deno.test("represent() sends the same text in each charset and coding that is asked for", async () => {
+  const texts = ["你", "你".repeat(200), "你".repeat(700)];
+  for (const text of texts) {
+    await using server = serveEcho({ routes: [[/^/, () => text]] });
+    const ways = ["utf-8", "gbk", "iso-8859-2"].flatMap((charset) =>
+      ["gzip", "identity"].map((coding) =>
+        [charset, `Accept-Charset: ${charset}`, `Accept-Encoding: ${coding}`] as const
+      )
+    );
+    for (const [charset, ...fields] of [...ways, ...ways.toReversed()]) {
+      const reply = await getAndHead(server, "/", ...fields), isCoded = reply.fields.has("content-encoding");
+      const expected = encode(text, charset, "replacement");
+      assertEquals(isCoded, fields[1].endsWith("gzip") && expected.length >= 1024, `${text.length} ${fields}`);
+      assertEquals([charsetOf(reply), await decompressed(reply)], [charset, expected]);
+    }
+  }
 });
 
 Deno.test("represent() answers 500 when a stream fails before its first byte", async () => {
@@ -3930,6 +4106,15 @@ const ERRORS: readonly [says: string, HttpError, page: string][] = [
   ["markup as text", new HttpError(400, "<script>x</script>&"), "<p>&#60;script&#62;x&#60;/script&#62;&#38;."],
   ["control characters by name", new HttpError(409, "a\x1b[2Jb\r\nc"), "<p>a\\x1b[2Jb\\x0d\\x0ac."],
   ["a status that no RFC knows", new HttpError(499, "x"), "<h1>499"],
+  ["a sentence as it is", new HttpError(400, "Why?"), "<p>Why?</p>"],
+  ["an exclamation as it is", new HttpError(400, "No!"), "<p>No!</p>"],
+  ["a sentence with its full stop", new HttpError(400, "No."), "<p>No.</p>"],
+  [
+    "characters that turn the direction by name",
+    new HttpError(400, "a\u202eb\u2028\x9f\x7f"),
+    "<p>a\\u202eb\\u2028\\x9f\\x7f.",
+  ],
+  ["characters beside those", new HttpError(400, "\xa0\u2027\u202f\u2065\u206a"), "<p>\xa0\u2027\u202f\u2065\u206a."],
 ];
 
 for (const [says, error, page] of ERRORS) {
@@ -3944,6 +4129,82 @@ for (const [says, error, page] of ERRORS) {
     assertStringIncludes(textOf(reply), page);
   });
 }
+
+const WAYS_UP: readonly [path: string, href: string | undefined][] = [
+  ["/", undefined],
+  ["/a", "./"],
+  ["/a/b", "./"],
+  ["/a/", "../"],
+];
+
+for (const [path, href] of WAYS_UP) {
+  Deno.test(`HttpError leads ${href === undefined ? "nowhere" : `up by ${href}`} from ${path}`, async () => {
+    await using server = serveEcho({ charset: "gbk", routes: [[/^\/nowhere$/, () => ""]] });
+    const reply = await getAndHead(server, path);
+    assertEquals([reply.status, /<a href="([^"]*)">Up</.exec(textOf(reply))?.[1], charsetOf(reply)], [
+      404,
+      href,
+      "gbk",
+    ]);
+  });
+}
+
+/** RFC 9110 §15, RFC 6585, RFC 7725 and RFC 8470. */
+const REASONS: Readonly<Record<number, string>> = {
+  200: "OK",
+  201: "Created",
+  202: "Accepted",
+  204: "No Content",
+  205: "Reset Content",
+  206: "Partial Content",
+  301: "Moved Permanently",
+  302: "Found",
+  303: "See Other",
+  304: "Not Modified",
+  307: "Temporary Redirect",
+  308: "Permanent Redirect",
+  400: "Bad Request",
+  401: "Unauthorized",
+  403: "Forbidden",
+  404: "Not Found",
+  405: "Method Not Allowed",
+  406: "Not Acceptable",
+  408: "Request Timeout",
+  409: "Conflict",
+  410: "Gone",
+  411: "Length Required",
+  412: "Precondition Failed",
+  413: "Content Too Large",
+  414: "URI Too Long",
+  415: "Unsupported Media Type",
+  416: "Range Not Satisfiable",
+  417: "Expectation Failed",
+  418: "I'm a Teapot",
+  421: "Misdirected Request",
+  422: "Unprocessable Content",
+  425: "Too Early",
+  426: "Upgrade Required",
+  428: "Precondition Required",
+  429: "Too Many Requests",
+  431: "Request Header Fields Too Large",
+  451: "Unavailable For Legal Reasons",
+  500: "Internal Server Error",
+  501: "Not Implemented",
+  502: "Bad Gateway",
+  503: "Service Unavailable",
+  504: "Gateway Timeout",
+  505: "HTTP Version Not Supported",
+};
+
+Deno.test("REASONS says what each status is called", async () => {
+  const routes: Route[] = [[/^\/(?<status>\d+)$/, ({ params }) => ({ status: Number(params.status) })]];
+  await using server = serveEcho({ routes });
+  for (const [status, reason] of [...Object.entries(REASONS), ["299", ""], ["599", ""]]) {
+    using client = await Client.connect(server);
+    await client.send(get(`/${status}`, "Connection: close"));
+    assertEquals(latin1(await readAll(client)).split("\r\n")[0], `HTTP/1.1 ${status} ${reason}`);
+  }
+});
 
 Deno.test("HttpError carries fields", async () => {
   const fail = () => {
@@ -4435,7 +4696,7 @@ const echo: Handler = async (incoming) => ({
 });
 
 const ROUTES: readonly Route[] = [
-  [/^\/$/, () => ({ body: "ok", constant: true })],
+  [/^\/$/, () => "ok"],
   [/^\/echo/, echo, ["GET", "POST"]],
   [/^\/slow$/, () => delay(200).then(() => "slow")],
   [/^\/stream$/, () => ({ body: pieces("st", "ream") })],
