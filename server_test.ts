@@ -190,6 +190,60 @@ Deno.test("shutdown() with a grace answers what idle connections still ask", asy
   await stopped;
 });
 
+Deno.test("shutdown() waits ten seconds for an answer, no longer, and says so", async () => {
+  const { log } = await logging({}, async () => {});
+  assertEquals(log, "");
+  let lines = "";
+  const { server, asked, answer } = serveSlowly({
+    idleTimeout: 100,
+    log: "common",
+    onLog: (text) => void (lines += text),
+  });
+  using client = await Client.connect(server);
+  await client.send(get("/slow"));
+  await asked;
+  assertEquals(server.pending, 1);
+  const stopped = server.shutdown();
+  await muchLater(9_500, () => delay(60));
+  assertEquals(server.pending, 1);
+  await muchLater(10_500, () => within5s(client.end()));
+  answer.resolve("late");
+  await stopped;
+  assertMatch(lines, /^charserve: stopped with 1 answer unfinished$/m);
+});
+
+/** What accepting a connection may fail with, and what the log says of it. */
+const UNACCEPTED: readonly [says: string, error: Error, log: RegExp][] = [
+  [
+    "has no more files",
+    new Error("Too many open files (os error 24)"),
+    /^charserve: cannot accept a connection: Too many/,
+  ],
+  ["has a client that is gone", new Deno.errors.ConnectionReset("gone"), /^$/],
+  ["has a connection that was given up", new Deno.errors.ConnectionAborted("gone"), /^$/],
+  ["has a connection that is none any more", new Deno.errors.NotConnected("gone"), /^$/],
+];
+
+for (const [says, error, expected] of UNACCEPTED) {
+  Deno.test(`Server goes on when the system ${says}`, async () => {
+    let isFirst = true, log = "";
+    const failingOnce = (listen: (...args: unknown[]) => unknown) => (...args: unknown[]) => {
+      const listener = listen(...args) as Deno.Listener, accept = listener.accept.bind(listener);
+      listener.accept = () => isFirst ? (isFirst = false, Promise.reject(error)) : accept();
+      return listener;
+    };
+    const onLog = (lines: string) => void (log += lines);
+    const server = await instead("listen", failingOnce, () => Promise.resolve(serveEcho({ onLog })));
+    assertEquals((await ask(server, get("/"))).status, 200);
+    await server.shutdown();
+    assertMatch(log, expected);
+    // It ends at once, too, while it waits.
+    isFirst = true;
+    const other = await instead("listen", failingOnce, () => Promise.resolve(serveEcho({ onLog })));
+    await within5s(other.shutdown());
+  });
+}
+
 Deno.test("shutdown() may be called twice, and after the end", async () => {
   const server = serveEcho();
   await Promise.all([server.shutdown(), server.shutdown()]);
@@ -1220,6 +1274,9 @@ const HELLO: readonly Route[] = [
   [/^\/hello\/(?<name>[^/]+)$/, () => "never reached"],
   [/^\/(?<a>\d+)-(?<b>\d+)?$/, ({ params }) => `${Number(params.a) + Number(params.b ?? 0)}`],
   [/^\/put$/, (incoming) => incoming.text(), ["PUT"]],
+  [/^\/global$/g, () => "global"],
+  [/lo$/y, () => "sticky"],
+  [/^\/frozen\/(?<x>.)$/, ({ params }) => `${Object.isFrozen(params)}`],
 ];
 
 const ROUTED: readonly [says: string, target: string, status: number, text?: string][] = [
@@ -1233,6 +1290,9 @@ const ROUTED: readonly [says: string, target: string, status: number, text?: str
   ["nothing", "/hello/", 404],
   ["nothing, by case", "/Hello/you", 404],
   ["a method that is not asked for", "/put", 405],
+  ["a pattern that is global, as if it were not", "/global", 200, "global"],
+  ["nothing, by the end of what a sticky pattern is held against", "/hello", 404],
+  ["groups that nobody can change", "/frozen/x", 200, "true"],
 ];
 
 for (const [says, target, status, text] of ROUTED) {
@@ -1325,6 +1385,10 @@ const FOUND: readonly [says: string, target: string, status: number, text?: stri
   ["a name with a backslash that is not encoded", "/a\\b.txt", 200, "backslash"],
   ["no hidden file by an encoded dot", "/%2Ehidden", 404],
   ["nothing in a hidden folder", "/.git/config", 404],
+  ["nothing hidden by a link", "/link-dot", 404],
+  ["what is hidden by a link, if it may", "/link-dot", 200, "secret", { dotfiles: true }],
+  ["a name in the charset that it reads best in", "/%C4%E3%BA%C3/x.txt", 200, "x"],
+  ["nothing by a name in a charset that it does not read in", "/%C4%E3%BA%FF/x.txt", 404],
 ];
 
 /** Targets of nothing, or of what is outside; hidden files are allowed here, to take that wall away. */
@@ -1396,7 +1460,9 @@ for (const [says, target, location] of REDIRECTED) {
     await using server = await serveTree(SITE, { root: "site" });
     const reply = await getAndHead(server, target);
     assertEquals([reply.status, reply.fields.get("location")], [location === undefined ? 404 : 301, location]);
-    if (location !== undefined) assertEquals(reply.fields.get("cache-control"), "no-cache");
+    if (location === undefined) return;
+    assertEquals(reply.fields.get("cache-control"), "no-cache");
+    assertStringIncludes(seen(reply), `<p>It is at <a href="${location}">${location}</a>.</p>`);
   });
 }
 
@@ -1686,6 +1752,29 @@ for (const [says, target, status] of LOOKS) {
   });
 }
 
+/** How long ago a file last changed, in milliseconds, and for how long that is believed. */
+const LIFETIMES: readonly [age: number, lifetime: number][] = [[1_000, 0], [20_000, 190], [1_000_000, 1000]];
+
+for (const [age, lifetime] of LIFETIMES) {
+  Deno.test(`placeOf() believes for ${lifetime} ms what changed ${age / 1000} s ago`, async () => {
+    await using server = await serveTree({ "a.txt": "a" });
+    const changed = (await Deno.lstat(`${server.path}/a.txt`)).ctime!.getTime(), { now } = Date;
+    // In so many milliseconds, is there another look?
+    const looksAt = async (time: number) => {
+      Date.now = () => changed + age + time;
+      return await counting("lstatSync", async () => void await ask(server, get("/a.txt"))) > 0;
+    };
+    try {
+      assert(await looksAt(0), "a first look");
+      if (lifetime > 0) assert(!await looksAt(lifetime - 20), "none before");
+      assert(await looksAt(lifetime + 20), "one after");
+      assert(await looksAt(-1), "a clock that went back");
+    } finally {
+      Date.now = now;
+    }
+  });
+}
+
 Deno.test("placeOf() forgets what rested when it leads out of ROOT", { ignore: ON_WINDOWS }, async () => {
   await using server = await serveTree({ "site/f/a.txt": "inside", "site/b.txt": "b" }, { root: "site" });
   await later(RESTED, async () => {
@@ -1788,16 +1877,35 @@ Deno.test("Site that goes while a file is read leaves the server running", { ign
   assert(!log.includes("error"), log);
 });
 
-for (const name of ["lstatSync", "realPathSync", "open"] as const) {
-  Deno.test(`absence() is not what a broken disk shows in ${name}: 500, and a line of the log`, async () => {
-    await using tree = await plant({ "a.txt": "a", "404.html": "<p>404" });
-    const { log } = await logging({ root: tree.path, routes: [], fallback: "404.html" }, async (server) => {
-      const target = "/a.txt";
-      assertEquals((await whileFailing(name, () => ask(server, get(target)))).status, 500);
-      assertEquals((await getAndHead(server, target)).status, 200, "the disk is in order again");
+/** What the system may say instead of giving a file, and what the answer is. */
+const ABSENCES: readonly [code: string, status: number, log: RegExp][] = [
+  ["EIO", 500, /^charserve: error: GET \/a\.txt HTTP\/1\.1: Error: the system says EIO$/m],
+  ["EACCES", 403, /^charserve: error: GET \/a\.txt HTTP\/1\.1: Error: the system says EACCES$/m],
+  ["EPERM", 403, /^charserve: error: GET \/a\.txt HTTP\/1\.1: Error: the system says EPERM$/m],
+  ["EMFILE", 503, /" 503 /],
+  ["ENFILE", 503, /" 503 /],
+  ["ENOENT", 404, /" 404 /],
+  ["ENOTDIR", 404, /" 404 /],
+  ["ENAMETOOLONG", 404, /" 404 /],
+  ["ELOOP", 404, /" 404 /],
+];
+
+for (const [code, status, expected] of ABSENCES) {
+  for (const name of ["lstatSync", "realPathSync", "open"] as const) {
+    Deno.test(`absence() answers ${status} where ${name} says ${code}`, async () => {
+      await using tree = await plant({ "a.txt": "a", "b.txt": "b" });
+      const { log } = await logging({ root: tree.path, routes: [] }, async (server) => {
+        const target = "/a.txt";
+        assertEquals((await ask(server, get("/b.txt"))).status, 200);
+        const failed = await whileFailing(name, code, `${tree.path}/a.txt`, () => ask(server, get(target)));
+        // What is not found when it was there is going: 503.
+        assertEquals(failed.status, name === "open" && status === 404 ? 503 : status);
+        assertEquals(failed.fields.has("retry-after"), failed.status === 503);
+        assertEquals((await getAndHead(server, target)).status, 200, "the disk is in order again");
+      });
+      if (name !== "open" || status !== 404) assertMatch(log.split("\n").slice(1).join("\n"), expected);
     });
-    assertMatch(log, /^charserve: error: GET \/a\.txt HTTP\/1\.1: Error: Input\/output error \(os error 5\)$/m);
-  });
+  }
 }
 
 // ── Content ─────────────────────────────────────────────────────────────────────────────────────
@@ -2132,6 +2240,28 @@ for (const [says, accept, coding] of CODINGS) {
   });
 }
 
+for (
+  const [says, body, coding] of [["leaves 1023 bytes", "x".repeat(1023), undefined], [
+    "compresses 1024 bytes",
+    "x".repeat(1024),
+    "gzip",
+  ]]
+) {
+  Deno.test(`compress() ${says}, and Vary says what that depends on`, async () => {
+    const routes: Route[] = [[/^\/text$/, () => ({ body: body! })], [
+      /^\/json$/,
+      () => ({ type: "application/json", body: body! }),
+    ]];
+    await using server = serveEcho({ routes });
+    for (const fields of [["Accept-Encoding: gzip"], []]) {
+      const text = await getAndHead(server, "/text", ...fields), json = await getAndHead(server, "/json", ...fields);
+      assertEquals(text.fields.get("content-encoding"), fields.length > 0 ? coding : undefined);
+      assertEquals(text.fields.get("vary"), coding ? "Accept-Charset, Accept-Encoding" : "Accept-Charset");
+      assertEquals(json.fields.get("vary"), coding && "Accept-Encoding");
+    }
+  });
+}
+
 Deno.test("canCompress() tries each coding once, and what is kept is not compressed again", async () => {
   const { CompressionStream } = globalThis;
   let count = 0;
@@ -2156,6 +2286,8 @@ const UNCOMPRESSED: readonly [says: string, Handler][] = [
   ["bytes", () => new Uint8Array(4096)],
   ["a stream", () => ({ body: pieces("x".repeat(4096)) })],
   ["what is coded already", () => ({ body: "x".repeat(4096), headers: { "Content-Encoding": "x" } })],
+  ["a text of another charset that is short", () => ({ body: "你".repeat(511), charset: "gbk" })],
+  ["a picture", () => ({ body: "x".repeat(4096), type: "image/png" })],
 ];
 
 for (const [says, handler] of UNCOMPRESSED) {
@@ -2204,6 +2336,95 @@ const STORED: readonly [says: string, name: string, stored: string, label: strin
   ["UTF-8 for UTF-16 declared in ASCII", "a.html", html("utf-16", YOU), "text/html;charset=utf-8"],
   ["a false label, if it is told to", "a.html", html("gbk", GBK_YOU), "text/html;charset=big5", { declare: "big5" }],
   ["no label, if it is told to", "a.html", html("gbk", GBK_YOU), "text/html", { declare: "none" }],
+  ["UTF-16 by its zeros", "a.txt", "a\0b\0\n\0", "text/plain;charset=utf-16le"],
+  ["UTF-16 by its zeros, the other way", "a.txt", "\0a\0b\0\n", "text/plain;charset=utf-16be"],
+  ["no UTF-16 in an odd number of bytes", "a.bin.txt", "a\0b\0\n", "text/plain;charset=utf-8"],
+  ["UTF-8 with a replacement character", "a.txt", "a\xef\xbf\xbd" + YOU, "text/plain;charset=utf-8"],
+  ["UTF-8 with a stray byte among many", "a.txt", YOU.repeat(30) + "\x80", "text/plain;charset=utf-8", {
+    sourceCharset: "windows-1252",
+  }],
+  ["what it was told for a stray byte", "a.txt", "a\x80", "text/plain;charset=windows-1252", {
+    sourceCharset: "windows-1252",
+  }],
+  ["what it was told, with a replacement character", "a.txt", "\x84\x31\xa4\x37", "text/plain;charset=gb18030", {
+    sourceCharset: "gb18030",
+  }],
+  ["half a byte-order mark as none", "a.txt", "\xef\xbba", "text/plain;charset=windows-1252", {
+    sourceCharset: "windows-1252",
+  }],
+  ["half of another mark as none", "a.txt", "\xfe\xfe", "text/plain;charset=windows-1252", {
+    sourceCharset: "windows-1252",
+  }],
+  ["x-user-defined, as browsers do", "a.html", html("x-user-defined", "\xe9"), "text/html;charset=windows-1252"],
+  ["ISO-2022-JP by its escapes", "a.txt", '\x1b$B$"\x1b(B', "text/plain;charset=iso-2022-jp"],
+  [
+    "what a meta declares behind the head's end, within 1024 bytes",
+    "a.html",
+    "<body>" + html("gbk", GBK_YOU),
+    "text/html;charset=gbk",
+  ],
+  [
+    "nothing that a meta declares behind the head's end and 1024 bytes",
+    "a.html",
+    "<body>" + "a".repeat(1024) + html("gbk", YOU),
+    "text/html;charset=utf-8",
+  ],
+  [
+    "what is declared within 64 KiB of head",
+    "a.html",
+    `<!--${"a".repeat(65_000)}-->${html("gbk", GBK_YOU)}`,
+    "text/html;charset=gbk",
+  ],
+  [
+    "nothing that is declared behind 64 KiB of head",
+    "a.html",
+    `<!--${"a".repeat(65_536)}-->${html("gbk", YOU)}`,
+    "text/html;charset=utf-8",
+  ],
+  [
+    "nothing that a script has in it",
+    "a.html",
+    `<script>"${html("gbk", "")}"</script>${YOU}`,
+    "text/html;charset=utf-8",
+  ],
+  [
+    "nothing that a script within a script has in it",
+    "a.html",
+    `<script><!-- <script></script>${html("gbk", "")}</script>${YOU}`,
+    "text/html;charset=utf-8",
+  ],
+  [
+    "what stands behind a script within a script",
+    "a.html",
+    `<script><!-- <script></script> </script>${html("gbk", GBK_YOU)}`,
+    "text/html;charset=gbk",
+  ],
+  [
+    "what stands behind a script with a comment",
+    "a.html",
+    `<script><!-- x --></script>${html("gbk", GBK_YOU)}`,
+    "text/html;charset=gbk",
+  ],
+  [
+    "what stands behind a title with a script",
+    "a.html",
+    `<title><!-- <title></title>${html("gbk", GBK_YOU)}`,
+    "text/html;charset=gbk",
+  ],
+  ["nothing that a meta declares in XHTML", "a.xhtml", html("gbk", YOU), "application/xhtml+xml;charset=utf-8"],
+  ["what an XML declaration says in HTML", "a.html", xml("gbk", GBK_YOU), "text/html;charset=gbk"],
+  [
+    "what a meta says, not an XML declaration",
+    "a.html",
+    xml("big5", "") + html("gbk", GBK_YOU),
+    "text/html;charset=gbk",
+  ],
+  [
+    "nothing by a description",
+    "a.html",
+    `<meta name=x content="text/html; charset=gbk">${YOU}`,
+    "text/html;charset=utf-8",
+  ],
 ];
 
 for (const [says, name, stored, label, options] of STORED) {
@@ -2233,6 +2454,14 @@ const CONVERTED: readonly [says: string, name: string, stored: string, charset: 
     ["unknown text that is not, from Western", "a.txt", "caf\xe9", "utf-8", "caf\xc3\xa9"],
     ["what is lost in HTML to references", "a.html", "<p>\xe2\x82\xac", "iso-8859-2", "<p>&#8364;"],
     ["what is lost in text to question marks", "a.txt", "\xe2\x82\xac", "iso-8859-2", "?"],
+    ["XHTML, whose meta would lie", "a.xhtml", html("utf-8", YOU), "gbk", html("gbk", GBK_YOU)],
+    [
+      "HTML that says so twice",
+      "a.html",
+      html("big5", html("utf-8", BIG5_YOU)),
+      "gbk",
+      html("gbk", html("gbk", GBK_YOU)),
+    ],
   ];
 
 for (const [says, name, stored, charset, sent, options] of CONVERTED) {
@@ -2248,6 +2477,30 @@ for (const [says, name, stored, charset, sent, options] of CONVERTED) {
       const reply = await getAndHead(...way);
       assertEquals([charsetOf(reply), latin1(reply.content)], [charset, sent]);
     }
+  });
+}
+
+/** What `?bom=1` puts before text. */
+const MARKED: readonly [says: string, target: string, label: string, bytes: string][] = [
+  ["UTF-8", "/a.txt?bom=1", "text/plain;charset=utf-8", "\xef\xbb\xbf" + YOU],
+  ["UTF-16", "/a.txt?charset=utf-16le&bom=1", "text/plain;charset=utf-16le", "\xff\xfe\x60\x4f"],
+  ["no other charset", "/a.txt?charset=gbk&bom=1", "text/plain;charset=gbk", GBK_YOU],
+  ["nothing unless it is asked for", "/a.txt?bom=0", "text/plain;charset=utf-8", YOU],
+  ["nothing by another name", "/a.txt?xbom=1", "text/plain;charset=utf-8", YOU],
+  ["no picture", "/a.png?bom=1", "image/png", YOU],
+  ["one mark where there is one", "/marked.txt?bom=1", "text/plain;charset=utf-8", "\xef\xbb\xbf" + YOU],
+  ["a large file", "/large.txt?bom=1", "text/plain;charset=utf-8", "\xef\xbb\xbf" + YOU.repeat(400_000)],
+];
+
+for (const [says, target, label, bytes] of MARKED) {
+  Deno.test(`asksForMark() puts a byte-order mark before ${says}: ${target}`, async () => {
+    const files = { "a.txt": YOU, "a.png": YOU, "marked.txt": "\xef\xbb\xbf" + YOU, "large.txt": YOU.repeat(400_000) };
+    await using server = await serveTree(files);
+    const plain = await getAndHead(server, target.replace("bom=1", "")), reply = await getAndHead(server, target);
+    assertEquals(reply.fields.get("content-type"), label);
+    assert(latin1(reply.content) === bytes, hex(reply.content.subarray(0, 16)));
+    const isOther = hex(plain.content) !== hex(reply.content);
+    assertEquals(plain.fields.get("etag") !== reply.fields.get("etag"), isOther || target.startsWith("/marked"));
   });
 }
 
@@ -2536,6 +2789,20 @@ Deno.test("describeFile() gives a file that rests one tag, and keeps what is mad
   });
 });
 
+Deno.test("Cache keeps what is asked for again and again, and forgets the rest", async () => {
+  const names = Array.from({ length: 70 }, (_, i) => `${i}.bin`);
+  await using server = await serveTree(Object.fromEntries(names.map((name) => [name, new Uint8Array(1_000_000)])));
+  await later(RESTED, async () => {
+    const opens = async (name: string) =>
+      await counting("open", async () => void await ask(server, get(`/${name}`, "Range: bytes=0-0")));
+    assertEquals(await opens(names[0]!), 1);
+    for (const name of names.slice(1)) {
+      assertEquals([await opens(name), await opens(names[0]!)], [1, 0]);
+    }
+    assertEquals([await opens(names.at(-1)!), await opens(names[1]!)], [0, 1]);
+  });
+});
+
 Deno.test("describeFile() gives a file from the future one tag, and a Last-Modified that is not", async () => {
   await using server = await serveTree({ "a.txt": "a".repeat(2000) });
   const future = new Date(Date.now() + 10 * 60 * 60 * 1000);
@@ -2695,6 +2962,16 @@ for (const [says, query, charset] of LARGE) {
       assertEquals([part.status, part.fields.get("content-range")], [206, `bytes ${start}-${end}/${size}`]);
       assert(hex(part.content) === hex(reply.content.subarray(start, end + 1)), "the same bytes");
     }
+    const parts = await ask(server, get(target, "Range: bytes=5-9,1048570-1048590", `If-Range: ${etag}`));
+    assertEquals(
+      partsOf(parts).map(([range, , content]) => [range, content]),
+      [[5, 9], [1_048_570, 1_048_590]].map(([start, end]) => [
+        `bytes ${start}-${end}/${size}`,
+        latin1(reply.content.subarray(start, end! + 1)),
+      ]),
+    );
+    {
+    }
   });
 }
 
@@ -2759,6 +3036,18 @@ const PRECONDITIONS: readonly [says: string, fields: string[], status: number][]
   ],
   ["If-None-Match, before the time", ['If-None-Match: "a"', `If-Modified-Since: ${TIME_TEXT}`], 200],
   ["If-None-Match that is found, before the time", ["If-None-Match: TAG", `If-Modified-Since: ${EARLIER}`], 304],
+  ["If-Unmodified-Since a later time", [`If-Unmodified-Since: ${LATER}`], 200],
+  ["If-Modified-Since a leap second before midnight", ["If-Modified-Since: Thu, 29 Feb 2024 12:34:60 GMT"], 304],
+  ["If-Modified-Since with 60 minutes", ["If-Modified-Since: Thu, 29 Feb 2024 12:60:00 GMT"], 200],
+  ["If-Modified-Since with 24 hours", ["If-Modified-Since: Thu, 29 Feb 2024 24:00:00 GMT"], 200],
+  ["If-Modified-Since fifty years ahead, in two digits", [
+    `If-Modified-Since: Monday, 01-Jan-${twoDigits(50)} 00:00:00 GMT`,
+  ], 304],
+  ["If-Modified-Since more than fifty years ahead, in two digits", [
+    `If-Modified-Since: Monday, 01-Jan-${twoDigits(51)} 00:00:00 GMT`,
+  ], 200],
+  ["If-Modified-Since the December after", ["If-Modified-Since: Tue, 31 Dec 2024 23:59:59 GMT"], 304],
+  ["If-Modified-Since the January before", ["If-Modified-Since: Mon, 01 Jan 2024 00:00:00 GMT"], 200],
 ];
 
 for (const [says, fields, status] of PRECONDITIONS) {
@@ -2817,6 +3106,16 @@ const RANGES: readonly [says: string, fields: string[], status: number, parts?: 
   ["If-Range alone", ["If-Range: TAG"], 200],
   ["If-None-Match first", ["Range: bytes=0-4", "If-None-Match: TAG"], 304],
   ["If-Match first", ["Range: bytes=99-", 'If-Match: "a"'], 412],
+  ["parts that touch", ["Range: bytes=0-1,2-3"], 206, [[0, 1], [2, 3]]],
+  [
+    "sixteen parts",
+    [`Range: bytes=${Array.from({ length: 16 }, (_, i) => `${i}-${i}`).join()}`],
+    206,
+    Array.from({ length: 16 }, (_, i) => [i, i]),
+  ],
+  ["as many last bytes as there are", ["Range: bytes=-26"], 206, [[0, 25]]],
+  ["a part up to the end", ["Range: bytes=0-25"], 206, [[0, 25]]],
+  ["a part from behind the last one", ["Range: bytes=4-5,5-6"], 200],
 ];
 
 for (const [says, fields, status, parts = []] of RANGES) {
@@ -2909,12 +3208,17 @@ const CACHED: readonly [says: string, target: string, fields: string[], status: 
   ["a search", "/list/?q=a", [], 200, false],
   ["a bad request", "/?charset=klingon", [], 400, false],
   ["an error", "/fail", [], 500, false],
+  ["a choice", "/choice", [], 300, false],
 ];
 
 for (const [says, target, fields, status, isCached] of CACHED) {
   Deno.test(`formatHead() says ${isCached ? "" : "not "}how long ${says} may be kept: ${status}`, async () => {
     const header = [["Cache-Control", "public, immutable"], ["Expires", "0"], ["X-Y", "1"]] as const;
-    const routes: Route[] = [[/^\/fail$/, failing(new Error())], [/^\/route$/, () => "x"]];
+    const routes: Route[] = [
+      [/^\/fail$/, failing(new Error())],
+      [/^\/route$/, () => "x"],
+      [/^\/choice$/, () => ({ status: 300 })],
+    ];
     const tree = { "a.txt": "abc", "folder/index.html": "", "list/a": "", "fallback": "" };
     await using server = await serveTree(tree, { header, routes, fallback: "fallback", onLog: () => {} });
     // Ranges are for GET alone.
@@ -4734,6 +5038,11 @@ gCc59W7Savg5u0PsmZlirW6h+XcHJXVovJBtHmjec1KD8JAR6BhDaf4t
 -----END PRIVATE KEY-----
 `;
 
+/** The last two digits of the year in so many years. */
+function twoDigits(ahead: number): string {
+  return `${(new Date().getUTCFullYear() + ahead) % 100}`.padStart(2, "0");
+}
+
 /** What a server logs, errors included, while it is used. */
 async function logging<T>(options: ServeOptions, use: (server: Listening) => Promise<T>) {
   let log = "";
@@ -4749,31 +5058,46 @@ async function later<T>(milliseconds: number, use: () => Promise<T>): Promise<T>
   return await use().finally(() => Date.now = now);
 }
 
-/** Functions of the file system that tests count, or let fail, and what has them. */
-const FILE_SYSTEM = { open: Deno, lstatSync: Deno, realPathSync: Deno };
+/** Does something while the clock that never goes back is so many milliseconds on. */
+async function muchLater<T>(milliseconds: number, use: () => Promise<T>): Promise<T> {
+  const now = performance.now.bind(performance);
+  performance.now = () => now() + milliseconds;
+  return await use().finally(() => performance.now = now);
+}
 
-/** Has another function in the place of one of the file system meanwhile. */
+/** Functions of the system that tests count, or let fail, and what has them. */
+const SYSTEM = { open: Deno, lstatSync: Deno, realPathSync: Deno, listen: Deno };
+
+/** Has another function in the place of one of the system meanwhile. */
 async function instead<T>(
-  name: keyof typeof FILE_SYSTEM,
+  name: keyof typeof SYSTEM,
   make: (real: (...args: unknown[]) => unknown) => (...args: unknown[]) => unknown,
   use: () => Promise<T>,
 ): Promise<T> {
-  const owner: Record<string, unknown> = FILE_SYSTEM[name] as never, real = owner[name];
+  const owner: Record<string, unknown> = SYSTEM[name] as never, real = owner[name];
   owner[name] = make(real as (...args: unknown[]) => unknown);
   return await use().finally(() => owner[name] = real);
 }
 
-/** Counts calls of a function of the file system meanwhile. */
-async function counting(name: keyof typeof FILE_SYSTEM, use: () => Promise<void>): Promise<number> {
+/** Counts calls of a function of the system meanwhile. */
+async function counting(name: keyof typeof SYSTEM, use: () => Promise<void>): Promise<number> {
   let count = 0;
   await instead(name, (real) => (...args) => (count++, real(...args)), use);
   return count;
 }
 
-/** Lets calls of the file system fail, as a disk does that is broken. */
-async function whileFailing<T>(name: keyof typeof FILE_SYSTEM, use: () => Promise<T>): Promise<T> {
-  return await instead(name, () => () => {
-    throw Object.assign(new Error("Input/output error (os error 5)"), { code: "EIO" });
+/** Lets calls of the system for a path fail, as a disk does that is broken. */
+async function whileFailing<T>(
+  name: keyof typeof SYSTEM,
+  code: string,
+  path: string,
+  use: () => Promise<T>,
+): Promise<T> {
+  return await instead(name, (real) => (...args) => {
+    if (args[0] !== path) return real(...args);
+    const error = Object.assign(new Error(`the system says ${code}`), { code });
+    if (name === "open") return Promise.reject(error);
+    throw error;
   }, use);
 }
 
@@ -4878,6 +5202,7 @@ async function addSpecialFiles(path: string): Promise<void> {
   await Deno.symlink("a.txt", `${site}/link-in`);
   await Deno.symlink("link-circle", `${site}/link-circle`);
   await Deno.symlink("folder", `${site}/folder-in`);
+  await Deno.symlink(".hidden", `${site}/link-dot`);
   await new Deno.Command("mkfifo", { args: [`${site}/pipe`] }).output();
 }
 
