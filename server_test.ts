@@ -3439,10 +3439,23 @@ const BYTES: readonly [says: string, encoding: string, text: string, bytes: stri
   ["counts a lone surrogate as U+FFFD", "gb18030", "\ud800", "84 31 a4 37"],
   ["writes no byte-order mark", "utf-16le", "a", "61 00"],
   ["writes nothing for nothing", "iso-2022-jp", "", ""],
+  ["writes two units in a character of two bytes", "big5", "𠀀😀", "&#131072; &#128512;"],
+  ["writes what follows an astral character", "gb18030", "😀a", "94 39 fc 36 61"],
+  ["writes NUL", "gbk", "\0a", "00 61"],
+  ["writes NUL", "windows-1252", "\0a", "00 61"],
+  ["writes NUL", "iso-2022-jp", "\0あ", "00 1b 24 42 24 22 1b 28 42"],
+  ["writes characters that are lost by the thousand", "latin2", "你".repeat(3000), "&#20320; ".repeat(3000).trim()],
+  [
+    "writes characters that are lost by the thousand",
+    "iso-2022-jp",
+    "\u0e01".repeat(3000),
+    "&#3585; ".repeat(3000).trim(),
+  ],
+  ["writes four bytes by the thousand", "gb18030", "\u{10000}".repeat(3000), "90 30 81 30 ".repeat(3000).trim()],
 ];
 
 for (const [says, encoding, text, bytes] of BYTES) {
-  Deno.test(`encode() ${says}, in ${encoding}: ${JSON.stringify(text)}`, () => {
+  Deno.test(`encode() ${says}, in ${encoding}: ${JSON.stringify(text.slice(0, 20))}`, () => {
     const expected = bytes.replace(/&#\d+;/g, (reference) => hex(bytesOf(reference)));
     assertEquals(hex(encode(text, encoding)), expected);
   });
@@ -3496,6 +3509,66 @@ const ENCODE_ERRORS: readonly [says: string, () => void, ErrorClass, message: st
 for (const [says, call, expected, message] of ENCODE_ERRORS) {
   Deno.test(`encode() refuses ${says}`, () => {
     assertThrows(call, expected, message);
+  });
+}
+
+/** What people write, and what they mean. */
+const MEANT: readonly [typed: string, label: string | undefined][] = [
+  ["bik5", "big5"],
+  ["bgk", "gbk"],
+  ["gbkk", "gbk"],
+  ["gb", undefined],
+  ["gkb", "gbk"],
+  ["kgb1", undefined],
+  ["65001", "utf-8"],
+  ["utf", "utf-8"],
+  ["utf8mb3", "utf-8"],
+  ["utf8mb4", "utf-8"],
+  ["UTF_8", "utf-8"],
+  ["utf-9", "utf-8"],
+  ["1200", "utf-16le"],
+  ["1201", "utf-16be"],
+  ["cp936", "gbk"],
+  ["cp54936", "gb18030"],
+  ["cp950", "big5"],
+  ["950", "big5"],
+  ["932", "shift_jis"],
+  ["SJIS-win", "shift_jis"],
+  ["shiftjs", "shift_jis"],
+  ["eucJP-ms", "euc-jp"],
+  ["eucjp", "euc-jp"],
+  ["ujis", "euc-jp"],
+  ["uhc", "euc-kr"],
+  ["cp949", "euc-kr"],
+  ["cp20866", "koi8-r"],
+  ["koi8-ur", "koi8-r"],
+  ["macroman", "macintosh"],
+  ["ansi", "windows-1252"],
+  ["1252", "windows-1252"],
+  ["win-1251", "windows-1251"],
+  ["windows1251", "windows-1251"],
+  ["ibm1250", "windows-1250"],
+  ["windows-1215", "windows-1251"],
+  ["windows-1259", undefined],
+  ["iso-8859-12", undefined],
+  ["iso-8859-17", undefined],
+  ["latin7", "iso-8859-13"],
+  ["latin8", "iso-8859-14"],
+  ["latin9", "iso-8859-15"],
+  ["latin10", "iso-8859-16"],
+  ["x-gb18030", "gb18030"],
+  ["gbk18030", "gb18030"],
+  ["", undefined],
+  ["g", undefined],
+  ["klingon", undefined],
+  ["x".repeat(41), undefined],
+];
+
+for (const [typed, label] of MEANT) {
+  Deno.test(`encode() takes ${JSON.stringify(typed)} for ${label ?? "nothing that exists"}, and refuses it`, () => {
+    const { message } = assertThrows(() => encode("", typed), RangeError);
+    assertEquals(/did you mean (.*)\?$/.exec(message)?.[1], label);
+    assertStringIncludes(message, `The charset "${typed.slice(0, 40)}" does not exist or cannot be written`);
   });
 }
 
@@ -3702,6 +3775,11 @@ const LOOKED_INTO: readonly [says: string, name: string, content: string, label:
   ["compressed data", "game.data.br", "\x8b", "application/octet-stream", "br"],
   ["a compressed script", "a.js.br", "\x8b", "text/javascript", "br"],
   ["an archive", "a.tar.gz", "\x1f\x8b", "application/gzip"],
+  ["bytes at the end of what is looked at", "a.unknown", "a".repeat(4095) + "\0", "application/octet-stream"],
+  ["half a film", "a.ts", "G".padEnd(188, "\0"), "application/octet-stream"],
+  ["text in UTF-16 without a mark", "README", "a\0b\0", "text/plain;charset=utf-16le"],
+  ["a compressed page of a game", "a.unityweb.gz", "\x1f\x8b", "application/octet-stream", "gzip"],
+  ["compressed data in capitals", "A.DATA.GZ", "\x1f\x8b", "application/octet-stream", "gzip"],
 ];
 
 for (const [says, name, content, label, coding] of LOOKED_INTO) {
@@ -3714,6 +3792,19 @@ for (const [says, name, content, label, coding] of LOOKED_INTO) {
     }
   });
 }
+
+Deno.test("isText() takes no file with a control character that no text has", async () => {
+  const controls = Array.from({ length: 0x21 }, (_, i) => i), texts = [9, 10, 11, 12, 13, 0x1b, 0x20];
+  await using server = await serveTree(
+    Object.fromEntries(controls.map((byte) => [`${byte}`, `ab${String.fromCharCode(byte)}cd`])),
+  );
+  for (const byte of controls) {
+    const type = (await ask(server, get(`/${byte}`))).fields.get("content-type");
+    assertEquals(type, texts.includes(byte) ? "text/plain;charset=utf-8" : "application/octet-stream", `${byte}`);
+  }
+  await Deno.writeTextFile(`${server.path}/long`, "a".repeat(4096) + "\0");
+  assertEquals((await ask(server, get("/long"))).fields.get("content-type"), "text/plain;charset=utf-8");
+});
 
 const OWN_TYPES: readonly [says: string, type: Record<string, string>, name: string, label: string][] = [
   ["an unknown extension", { ".foo": "application/x-foo" }, "a.foo", "application/x-foo"],
@@ -3738,6 +3829,7 @@ const LISTED: Tree = {
   "small.txt": "a",
   "large.bin": "x".repeat(2048),
   "folder/": "",
+  "a/b/c.txt": "a",
   ".hidden": "",
   "<b>&\"'.txt": "",
   "\u4f60\u597d.txt": "",
@@ -3772,6 +3864,29 @@ const LISTINGS: readonly [says: string, target: string, options: ServeOptions, h
     [],
   ],
   ["a folder's name in its tab", "/folder/", {}, ["<title>folder – localhost</title>", "0 entries"], []],
+  ["the order that it has by an arrow, and the one that a column turns to", "/", {}, [
+    'aria-sort="ascending"><button name="sort" value="-name">Name <span aria-hidden="true">↑</span>',
+    '<th scope="col" class="number"><button name="sort" value="size">Size</button>',
+  ], ["↓"]],
+  ["the order that it has in the other direction", "/?sort=-time", {}, [
+    'aria-sort="descending"><button name="sort" value="time">Modified<span class="clock"> (UTC)</span> <span aria-hidden="true">↓</span>',
+  ], ["↑"]],
+  ["where it is, and the ways up", "/a/b/", {}, [
+    '<h1><a href="../../" dir="auto">/</a> <a href="../" dir="auto">a</a> b</h1>',
+    "<title>b – localhost</title>",
+    "1 entry<",
+  ], ["page 1"]],
+  ["where it is in a charset that is kept", "/a/?charset=gbk", {}, [
+    '<a href="../?charset=gbk" dir="auto">/</a> a</h1>',
+    '<input type="hidden" name="charset" value="gbk">',
+    '<a href="b/?charset=gbk" dir="auto">b/</a>',
+  ], []],
+  ["the ways up of what is found", "/a/b/?q=c", {}, [
+    '<h1><a href="../../" dir="auto">/</a> <a href="../" dir="auto">a</a> <a href="./" dir="auto">b</a></h1>',
+    "<title>c – b – localhost</title>",
+    "1 result. Looked at 1 name, in ",
+  ], []],
+  ["times for programs", "/", {}, ['<time datetime="2024-02-29T12:34:56.000Z">2024-02-29<'], []],
 ];
 
 for (const [says, target, options, has, lacks] of LISTINGS) {
@@ -3785,6 +3900,51 @@ for (const [says, target, options, has, lacks] of LISTINGS) {
   });
 }
 
+const LENGTHS: readonly [size: number, shown: string][] = [
+  [0, '<span title="0 bytes">0 B</span>'],
+  [1, '<span title="1 byte">1 B</span>'],
+  [1023, '<span title="1023 bytes">1023 B</span>'],
+  [1024, '<span title="1024 bytes">1.00 KiB</span>'],
+  [10_240, '<span title="10240 bytes">10.0 KiB</span>'],
+  [2 ** 20 - 1, '<span title="1048575 bytes">1.02e+3 KiB</span>'],
+  [2 ** 20, '<span title="1048576 bytes">1.00 MiB</span>'],
+  [2 ** 30, '<span title="1073741824 bytes">1.00 GiB</span>'],
+  [2 ** 40, '<span title="1099511627776 bytes">1.00 TiB</span>'],
+];
+
+Deno.test("formatSize() shows lengths in three digits", async () => {
+  await using server = await serveTree(Object.fromEntries(LENGTHS.map(([size]) => [`${size}`, ""])));
+  for (const [size] of LENGTHS) await Deno.truncate(`${server.path}/${size}`, size);
+  const text = textOf(await getAndHead(server, "/"));
+  for (const [, shown] of LENGTHS) assertStringIncludes(text, shown);
+});
+
+/** What is accepted, and whether that is JSON before a page. */
+const PREFERENCES: readonly [accept: string, isJson: boolean][] = [
+  ["application/json", true],
+  ["application/json, text/html;q=0.9", true],
+  ["application/json, text/html", false],
+  ["application/json;q=0.5, text/html;q=0.6", false],
+  ["text/html", false],
+  ["*/*", false],
+];
+
+for (const [accept, isJson] of PREFERENCES) {
+  Deno.test(`prefersJson() ${isJson ? "sends JSON" : "sends a page"} to who accepts ${accept}`, async () => {
+    await using server = await serveTree({ "a.txt": "a" });
+    for (const target of ["/", "/?q=a"]) {
+      const { fields } = await getAndHead(server, target, `Accept: ${accept}`);
+      assertEquals(fields.get("content-type"), isJson ? "application/json" : "text/html;charset=utf-8");
+      const vary = [
+        "Accept",
+        ...(isJson ? [] : ["Accept-Charset"]),
+        ...(isJson || target !== "/" ? [] : ["Accept-Encoding"]),
+      ];
+      assertEquals(fields.get("vary"), vary.join(", "));
+    }
+  });
+}
+
 const ORDERED: Tree = { "b 10": "xxx", "B 9": "xx", "ä": "x", "a": "", "z 1/": "", "C 10/": "", "c 2/": "" };
 
 const ORDERS: readonly [query: string, names: string[]][] = [
@@ -3794,11 +3954,14 @@ const ORDERS: readonly [query: string, names: string[]][] = [
   ["?sort=name&desc", ["z 1", "C 10", "c 2", "b 10", "B 9", "ä", "a"]],
   ["?sort=size", ["c 2", "C 10", "z 1", "a", "ä", "B 9", "b 10"]],
   ["?sort=-size", ["c 2", "C 10", "z 1", "b 10", "B 9", "ä", "a"]],
+  ["?sort=time", ["c 2", "C 10", "z 1", "a", "ä", "b 10", "B 9"]],
+  ["?sort=-time", ["c 2", "C 10", "z 1", "B 9", "a", "ä", "b 10"]],
 ];
 
 for (const [query, names] of ORDERS) {
   Deno.test(`describePage() sorts: ${query || "by name"}`, { ignore: ON_WINDOWS }, async () => {
     await using server = await serveTree(ORDERED);
+    await Deno.utime(`${server.path}/B 9`, new Date(TIME.getTime() + 1000), new Date(TIME.getTime() + 1000));
     const reply = await getAndHead(server, `/${query}`, "Accept: application/json");
     assertEquals(reply.fields.get("content-type"), "application/json");
     assertMatch(reply.fields.get("vary") ?? "", /\bAccept\b(?!-)/);
@@ -3842,6 +4005,10 @@ const PAGE_NUMBERS: readonly [target: string, status: number, has: string[], lac
   ["/?page=3", 404, [], []],
   ["/?page=0", 400, [], []],
   ["/?page=x", 400, [], []],
+  ["/?page=2&charset=gbk", 200, ['href="?charset=gbk">Previous'], []],
+  ["/?page=1000000", 404, [], []],
+  ["/?page=1000001", 400, [], []],
+  ["/?sort=size&page=2", 200, ['href="11000"', 'href="?sort=size">Previous'], ['href="10999"']],
 ];
 
 for (const [target, status, has, lacks] of PAGE_NUMBERS) {
@@ -3857,6 +4024,7 @@ for (const [target, status, has, lacks] of PAGE_NUMBERS) {
 Deno.test("listFolder() has a validator of what it shows", async () => {
   await using server = await serveTree({ "a.txt": "a" });
   const reply = await getAndHead(server, "/"), etag = reply.fields.get("etag")!;
+  assertEquals((await getAndHead(server, "/", 'If-Match: "a"')).status, 412);
   const ask304 = async (target: string, ...fields: string[]) =>
     (await getAndHead(server, target, `If-None-Match: ${etag}`, ...fields)).status;
   assertEquals([await ask304("/"), await ask304("/", "Accept-Encoding: gzip")], [304, 200]);
@@ -4008,7 +4176,8 @@ for (const [says, words, paths, options] of BY_NAME) {
 const MARKED_UP = `<!DOCTYPE html><title>The title</title><meta charset=utf-8>
 <style>.styled { color: red }</style><script type="x">if (a < b) scripted()</script><!-- commented > -->
 <p title="an > attribute">in<b>line</b>d and block</p><p>ed &#20013;&#x6587;&eacute;t&eacute; AT&amp;T &nosuch; a&lt;b&gt;c
-<a href=it's>apostrophe's</a> x<br>y <![CDATA[cdata]]> 1 < 2 last`;
+<a href=it's>apostrophe's</a> x<br>y <![CDATA[cdata]]> 1 < 2 last
+&iexcl;hola na&iuml;ve&yuml; &oelig;uvre&hellip; 10&euro; a&#1114112;b &#x10ffff;z sc&lt;b</p>`;
 
 const MARKUP: readonly [words: string, line: number | undefined][] = [
   ["title", 1],
@@ -4028,6 +4197,13 @@ const MARKUP: readonly [words: string, line: number | undefined][] = [
   ["xy", undefined],
   ["cdata", 4],
   ["last", 4],
+  ["¡hola", 5],
+  ["naïveÿ", 5],
+  ["œuvre…", 5],
+  ["10€", 5],
+  ["a\ufffdb", 5],
+  ["\u{10ffff}z", 5],
+  ["sc<b", 5],
 ];
 
 for (const [words, line] of MARKUP) {
@@ -4070,8 +4246,7 @@ Deno.test("scanBlock() shows the line with most of the words, and what is around
     [far] = await search(server, "two"),
     [last] = await search(server, "three");
   assertEquals([both?.line, both?.snippet], [1, "one"]);
-  assertMatch(far!.snippet!, /^….*x two y.*…$/);
-  assert(far!.snippet!.length < 200);
+  assertEquals(far?.snippet, `…${"x ".repeat(20)}two ${"y ".repeat(58).trim()}…`);
   assertEquals([last?.line, last?.snippet], [3, "three two ONE"]);
 });
 
@@ -4121,6 +4296,9 @@ const REFUSED: readonly [says: string, q: string, status: number, options?: Serv
   ["for markup", "</title><script>alert(1)</script>&\"'", 200],
   ["for what lists are marked by", '<ol class="results" aria-label="Results">', 200],
   ["for replacement patterns", "$& $1 $` $'", 200],
+  ["for 200 characters", "x".repeat(200), 200],
+  ["for 201 characters", "x".repeat(201), 400],
+  ["for words that are said twice", "a a a a a a a a a a a", 200],
 ];
 
 for (const [says, q, status, options] of REFUSED) {
@@ -4136,7 +4314,7 @@ for (const [says, q, status, options] of REFUSED) {
   });
 }
 
-const FORMED: readonly [says: string, query: string, charset: string, has: string[]][] = [
+const FORMED: readonly [says: string, query: string, charset: string, has: string[], matches?: RegExp][] = [
   ["the words marked", "q=%E6%98%A5%E7%9C%A0&text=1", "utf-8", [
     '<a href="gbk/" dir="auto">gbk/</a> <a href="gbk/a.html" dir="auto">a.html</a>',
     "<small>Line 1</small> <bdi>One <mark>春眠</mark>不觉晓 Naïve 12</bdi>",
@@ -4161,15 +4339,23 @@ const FORMED: readonly [says: string, query: string, charset: string, has: strin
   ],
   ["names marked", "q=%EF%BC%A7B", "utf-8", ["<mark>gb</mark>k/</a>", "2 results. Looked at 24 names"]],
   ["nothing found", "q=nothing", "utf-8", ["Nothing was found. Looked at 24 names, in "]],
+  ["a word marked that is written otherwise", "q=STRASSE&text=1", "utf-8", [
+    "<mark>Straße</mark>",
+    "<mark>STRASSE</mark>",
+  ]],
+  ["half a kana with its mark marked as one", "q=%E3%82%AB%E3%83%8A&text=1", "utf-8", ["<mark>ｶﾅ</mark> Ｎａｉｖｅ"]],
+  ["each place of a word marked", "q=utf", "utf-8", ["<mark>utf</mark>-8/", "<mark>utf</mark>-16le/"]],
+  ["how long it took", "q=nothing", "utf-8", [], /, in \d+\.\d\d s\.</],
 ];
 
-for (const [says, query, charset, has] of FORMED) {
+for (const [says, query, charset, has, matches] of FORMED) {
   Deno.test(`pageResults() shows ${says}`, async () => {
     await using server = await serveTree(TEXT_TREE);
     const reply = await getAndHead(server, `/?${query}`), text = textOf(reply);
     assertEquals(reply.fields.get("content-type"), `text/html;charset=${charset}`);
     assertStringIncludes(reply.fields.get("content-security-policy") ?? "", "default-src 'none'");
     for (const each of has) assertStringIncludes(text, each);
+    if (matches !== undefined) assertMatch(text, matches);
   });
 }
 
@@ -4181,11 +4367,25 @@ Deno.test("searchPieces() stops at a thousand results, and says so", async () =>
   assertStringIncludes(text, "1,000 results");
 });
 
+Deno.test("mayHaveLetters() passes over no file of one letter, nor of many", async () => {
+  const long = "春眠不觉晓处处闻啼鸟夜来风雨声";
+  await using server = await serveTree({ "a.txt": encode("春", "gbk"), "b.txt": encode(`x${long}`, "gbk") }, {
+    sourceCharset: "gbk",
+  });
+  assertEquals((await search(server, "春")).map(({ path }) => path), ["a.txt", "b.txt"]);
+  assertEquals((await search(server, long)).map(({ path }) => path), ["b.txt"]);
+  assertEquals((await search(server, "春声")).map(({ path }) => path), []);
+});
+
 Deno.test("searchText() passes over files that are too large, and says so", async () => {
   await using server = await serveTree({ "small.txt": "needle" });
-  await Deno.writeFile(`${server.path}/large.txt`, new Uint8Array(16 * 1024 * 1024 + 1).fill(0x61));
+  const large = new Uint8Array(16 * 1024 * 1024 + 1).fill(0x61);
+  large.set(bytesOf("needle"), large.length - 7);
+  await Deno.writeFile(`${server.path}/large.txt`, large);
+  await Deno.writeFile(`${server.path}/largest.txt`, large.subarray(0, -1));
+  await Deno.writeFile(`${server.path}/needle.png`, large.subarray(0, 9));
   const text = textOf(await getAndHead(server, "/?q=needle&text=1"));
-  assertStringIncludes(text, "1 result. Looked at 2 names, and at 6 B of text in 1 file, in ");
+  assertStringIncludes(text, "3 results. Looked at 4 names, and at 16.0 MiB of text in 2 files, in ");
   assertStringIncludes(text, "Files larger than 16.0 MiB were passed over: 1.");
 });
 
