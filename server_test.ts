@@ -4465,6 +4465,155 @@ for (const encoding of ENCODINGS) {
   });
 }
 
+/** What the page says of the lines of both heads. */
+const LINES: readonly [line: string, note: string][] = [
+  ["GET / HTTP/1.1", "the request line: method, target, version (RFC 9112 §3)"],
+  ["HTTP/1.1 200 OK", "the status line: version, status code, reason (RFC 9112 §4)"],
+  ["Host: localhost", "which of the sites at this address is meant (RFC 9110 §7.2)"],
+  ["User-Agent: a", "the program that asks (RFC 9110 §10.1.5)"],
+  ["Accept: text/html", "media types it would like (RFC 9110 §12.5.1)"],
+  ["Accept-Charset: utf-8", "charsets it would like (RFC 9110 §12.5.2)"],
+  ["Accept-Encoding: br", "compressions it can undo (RFC 9110 §12.5.3)"],
+  ["Accept-Language: zh", "languages its user reads (RFC 9110 §12.5.4)"],
+  ["Connection: keep-alive", "wishes about this connection alone (RFC 9110 §7.6.1)"],
+  ["Referer: http://a/", "the page that led here (RFC 9110 §10.1.3)"],
+  ["Cookie: a=b", "what a server of this host asked it to keep (RFC 6265 §5.4)"],
+  ["Upgrade-Insecure-Requests: 1", "it would prefer HTTPS (Upgrade Insecure Requests §3.2)"],
+  ["Sec-Fetch-Mode: navigate", "who asks, and what for (Fetch Metadata §2)"],
+  ["Sec-CH-UA: a", "what the browser tells of itself (RFC 8942)"],
+  ["If-None-Match: a", "only if this holds (RFC 9110 §13.1)"],
+  ["Cache-Control: no-store", "what caches may do with it (RFC 9111 §5.2)"],
+  [
+    "Content-Type: text/html;charset=utf-8",
+    "what the content is, and the charset it is declared to be in (RFC 9110 §8.3)",
+  ],
+  [
+    "Transfer-Encoding: chunked",
+    "the content comes in chunks, each with its size: nobody knew the length when this was sent (RFC 9112 §7.1)",
+  ],
+  ["X-Content-Type-Options: nosniff", "do not guess another type (Fetch §3.6)"],
+  ["X-Unknown: \x01", ""],
+  ["", "an empty line: here the head ends"],
+];
+
+Deno.test("labPage() explains the lines of both heads", async () => {
+  const fields = LINES.map(([line]) => line).filter((line) =>
+    /^(?!Host|Content|Transfer|HTTP|GET|X-C|X-U).*:/.test(line)
+  );
+  const page = textOf(await ask(lab, get("/", ...fields, "X-Unknown: \xe4")));
+  for (const [line, note] of LINES) {
+    const shown = line.replace("\x01", "\\xe4");
+    assertStringIncludes(page, `<td class="text"><code>${shown}</code></td><td><small>${note}</small></td>`);
+  }
+  for (
+    const [name, note] of [
+      ["Date", "when this was said (RFC 9110 §6.6.1)"],
+      ["Content-Security-Policy", "no script may run here, whatever the bytes turn into (CSP 3)"],
+    ]
+  ) assertMatch(page, RegExp(`<code>${name}: [^<]*</code></td><td><small>${note!.replace(/[().]/g, "\\$&")}</small>`));
+  const last = textOf(await ask(lab, get("/", "Connection: close", "Content-Length: 0")));
+  assertStringIncludes(last, "<small>the last message of this connection (RFC 9112 §9.6)</small>");
+  assertStringIncludes(last, "<small>how many bytes of content follow (RFC 9110 §8.6)</small>");
+});
+
+/** What the page says that a character is. */
+const CHARACTERS: readonly [character: string, name: string, script: string, bytes: string][] = [
+  ["A", "U+0041", "Latin", "41"],
+  ["你", "U+4F60", "Han", "E4 BD A0"],
+  ["あ", "U+3042", "Hiragana", "E3 81 82"],
+  ["ア", "U+30A2", "Katakana", "E3 82 A2"],
+  ["안", "U+C548", "Hangul", "EC 95 88"],
+  ["Я", "U+042F", "Cyrillic", "D0 AF"],
+  ["ⴰ", "U+2D30", "Letter", "E2 B4 B0"],
+  ["\u0301", "U+0301", "Mark", "CC 81"],
+  ["1", "U+0031", "Digit", "31"],
+  ["½", "U+00BD", "Number", "C2 BD"],
+  ["!", "U+0021", "Punctuation", "21"],
+  ["€", "U+20AC", "Currency", "E2 82 AC"],
+  ["👋", "U+1F44B", "Emoji", "F0 9F 91 8B"],
+  ["+", "U+002B", "Symbol", "2B"],
+  ["\ue000", "U+E000", "Private use", "EE 80 80"],
+  ["\u0378", "U+0378", "Other", "CD B8"],
+];
+
+Deno.test("labPage() says what characters are, and what bytes", async () => {
+  const text = CHARACTERS.map(([character]) => character).join("") + " \t\x7f";
+  const page = textOf(await ask(lab, get(`/?text=${encodeURIComponent(text)}`)));
+  for (
+    const [character, name, script, bytes] of [...CHARACTERS, ["&#9248;", "U+0020", "Space", "20"], [
+      "&#9225;",
+      "U+0009",
+      "Control",
+      "09",
+    ], ["&#x2421;", "U+007F", "Control", "7F"]]
+  ) {
+    const shown =
+      `<bdi>${character}</bdi></td><td><code>${name}</code></td><td>${script}</td><td class="bytes">${bytes}</td>`;
+    assertStringIncludes(page, shown);
+  }
+});
+
+Deno.test("labPage() shows 48 characters, and no half of one", async () => {
+  for (const character of ["a", "👋"]) {
+    const page = textOf(await ask(lab, get(`/?text=${encodeURIComponent(character.repeat(60))}`)));
+    assertEquals([...page.matchAll(/<td class="char">/g)].length, 48);
+    assertEquals(
+      new Set([...page.matchAll(/<td class="char"><bdi>(.*?)<\/bdi>/g)].map(([, shown]) => shown)),
+      new Set([character]),
+    );
+  }
+});
+
+/** Forms of the page as browsers post them: fields, and a file. */
+const POSTED: readonly [says: string, query: string, type: string, content: string, status: number, has: string[]][] = [
+  ["a text", "", "application/x-www-form-urlencoded", "_charset_=gbk&charset=gbk&text=%C4%E3", 200, [
+    "gbk",
+    "U+4F60",
+    "C4 E3",
+  ]],
+  ["a text of two lines", "", "application/x-www-form-urlencoded", "text=a%0D%0Ab", 200, [">\na\nb</textarea>"]],
+  ["a text in parts", "", "multipart/form-data; boundary=x", part("text", "\xe4\xbd\xa0") + "--x--\r\n", 200, [
+    "U+4F60",
+    "E4 BD A0",
+  ]],
+  [
+    "a text in parts, in the charset that the form says",
+    "",
+    "multipart/form-data; boundary=x",
+    part("_charset_", "gbk") + part("charset", "big5") + part("text", "\xc4\xe3") + "--x--\r\n",
+    200,
+    ["U+4F60", "A7 41"],
+  ],
+  [
+    "a file",
+    "",
+    "multipart/form-data; boundary=x",
+    part("text", "ignored") +
+    part("file", latin1(encode("Мы живём в большом городе, и я люблю его", "koi8-r")), "a.txt") + "--x--\r\n",
+    200,
+    [
+      "Which charset is the file in?",
+      '<th scope="row">koi8-r</th><td class="number">80 %</td><td class="text"><bdi>Мы живём в большом городе, и я люблю его</bdi>',
+      "Мы живём в большом городе, и я люблю его</textarea>",
+    ],
+  ],
+  ["no file", "", "multipart/form-data; boundary=x", part("text", "a") + part("file", "", "") + "--x--\r\n", 200, [
+    "This text looks fine",
+    ">\na</textarea>",
+  ]],
+  ["a form whose parts nobody can tell", "", "multipart/form-data", "--x\r\nnonsense", 400, ["Cannot parse the form"]],
+  ["another type", "", "text/plain", "a", 415, ["Expected a form"]],
+  ["no charset that exists", "", "application/x-www-form-urlencoded", "charset=klingon", 400, ["klingon"]],
+];
+
+for (const [says, query, type, content, status, has] of POSTED) {
+  Deno.test(`labPage() takes ${says}, posted: ${status}`, async () => {
+    const reply = await ask(lab, post(`/${query}`, content, `Content-Type: ${type}`)), page = seen(reply);
+    assertEquals(reply.status, status);
+    for (const text of has) assertStringIncludes(page, text);
+  });
+}
+
 const HOSTILE = `</textarea></title><script>alert("x")</script><a href='"'>&amp;`;
 
 const PAGES: readonly [says: string, query: string, status: number, label: string, texts: string[]][] = [
@@ -4503,6 +4652,45 @@ const PAGES: readonly [says: string, query: string, status: number, label: strin
   ],
   ["refuses to declare two lines", "declare=a%0d%0ab:c", 400, "text/html;charset=utf-8", []],
   ["refuses a charset that is markup", `charset=${encodeURIComponent("<script>")}`, 400, "text/html;charset=utf-8", []],
+  ["says that a charset lacks a character", "charset=big5&text=%C3%A9", 200, "text/html;charset=big5", [
+    "<mark>not in big5</mark>, sent as &#38;#233;",
+    "What big5 lacks was sent as",
+  ]],
+  ["says that it was declared as what it is not", "charset=gbk&declare=big5&text=a", 200, "text/html;charset=big5", [
+    " and declared as <strong>big5</strong>",
+    "Declare the true charset again",
+    '<option value="big5" selected>',
+  ]],
+  [
+    "does not say so of the same charset by another label",
+    "charset=gbk&declare=gb2312&text=a",
+    200,
+    "text/html;charset=gb2312",
+    ["sent in <strong>gbk</strong>. Text"],
+  ],
+  ["does not say so of nothing", "charset=gbk&declare=none&text=a", 200, "text/html", [
+    "sent in <strong>gbk</strong>. Text",
+    '<option value="none" selected>',
+  ]],
+  ["says what went wrong", "text=%C3%83%C2%A9t%C3%83%C2%A9+d%C3%A9j%C3%83%C2%A0", 200, "text/html;charset=utf-8", [
+    "utf-8 read as windows-1252",
+    "this may have happened to it",
+  ]],
+  ["says that nothing did", "text=Hello", 200, "text/html;charset=utf-8", ["This text looks fine as it is"]],
+  ["says what is lost for good", "text=%EF%BF%BD%EF%BF%BD+caf%EF%BF%BD", 200, "text/html;charset=utf-8", [
+    "read as UTF-8, which it was not",
+    "2 characters are lost for good",
+  ]],
+  ["leads to other readings", "charset=gbk&text=a", 200, "text/html;charset=gbk", [
+    '<a href="?text=a&#38;charset=gbk&#38;declare=big5&#38;_charset_=utf-8">big5</a>',
+    "In the 29 other charsets",
+  ]],
+  ["tells what charsets are for", "", 200, "text/html;charset=utf-8", [
+    '<option value="utf-8" selected>utf-8: all of Unicode</option>',
+    '<option value="gbk">gbk: simplified Chinese</option>',
+    '<option value="ibm866">ibm866: Russian, DOS</option>',
+  ]],
+  ["shows a sample of its charset, if it gets no text", "charset=koi8-u", 200, "text/html;charset=koi8-u", ["U+041F"]],
 ];
 
 for (const [says, query, status, label, texts] of PAGES) {
@@ -4548,6 +4736,29 @@ const TEXTS: readonly [says: string, query: string, label: string, bytes: string
     "text/plain;charset=iso-8859-2",
     "&#8364;",
   ],
+  ["a type in capitals", "text=a&type=TEXT/X-Y", "text/x-y;charset=utf-8", "a"],
+  ["the short name of each type: plain", "text=a&type=plain", "text/plain;charset=utf-8", "a"],
+  ["the short name of each type: xml", "text=a&type=xml", "application/xml;charset=utf-8", "a"],
+  ["the short name of each type: csv", "text=a&type=csv", "text/csv;charset=utf-8", "a"],
+  ["the short name of each type: json", "text=a&type=json", "application/json", "a"],
+  ["the short name of each type: js", "text=a&type=js", "text/javascript;charset=utf-8", "a"],
+  [
+    "a declaration in XML",
+    "text=a&type=xml&meta=x",
+    "application/xml;charset=utf-8",
+    '<?xml version="1.0" encoding="x"?>\na',
+  ],
+  ["a byte-order mark without a value", "text=a&bom", "text/plain;charset=utf-8", "\xef\xbb\xbfa"],
+  ["the largest chunks", "text=a&chunk=65536", "text/plain;charset=utf-8", "a"],
+  ["the smallest chunks", "text=aa&chunk=1", "text/plain;charset=utf-8", "aa"],
+  ["what is empty as what is not there", "text=a&charset=&type=&declare=&delay=", "text/plain;charset=utf-8", "a"],
+  ["a text after no delay", "text=a&delay=0", "text/plain;charset=utf-8", "a"],
+  [
+    "question marks where they are wanted",
+    "text=%E2%82%AC&charset=latin2&type=html&unmappable=replacement",
+    "text/html;charset=iso-8859-2",
+    "?",
+  ],
 ];
 
 for (const [says, query, label, bytes] of TEXTS) {
@@ -4564,6 +4775,27 @@ Deno.test("textFixture() cuts chunks of the size asked for", async () => {
   using client = await Client.connect(lab);
   await client.send(get("/text?text=%E4%BD%A0a&chunk=3", "Connection: close"));
   assertStringIncludes(latin1(await readAll(client)), "\r\n\r\n3\r\n\xe4\xbd\xa0\r\n1\r\na\r\n0\r\n\r\n");
+});
+
+Deno.test("textFixture() waits as long as it is asked to", async () => {
+  const began = performance.now();
+  await ask(lab, get("/text?delay=60"));
+  assert(performance.now() - began > 55);
+});
+
+/** What charsets are. */
+const CHARSET_KINDS: readonly [name: string, kind: string][] = [
+  ["utf-8", "unicode"],
+  ["utf-16be", "unicode"],
+  ["gbk", "multi-byte"],
+  ["iso-2022-jp", "multi-byte"],
+  ["koi8-r", "single-byte"],
+  ["x-user-defined", "single-byte"],
+];
+
+Deno.test("describeCharsets() says of what kind each charset is", async () => {
+  const all = await charsets();
+  for (const [name, kind] of CHARSET_KINDS) assertEquals(all.find((each) => each.name === name)?.kind, kind, name);
 });
 
 Deno.test("textFixture() is iconv: text that is posted", async () => {
@@ -4594,6 +4826,15 @@ const REFUSED_TEXTS: readonly [query: string, status: number][] = [
   ["type=constructor", 400],
   ["type=__proto__", 400],
   ["text=%E2%82%AC&charset=latin2&unmappable=fatal", 500],
+  ["status=199", 400],
+  ["status=600", 400],
+  ["status=200.5", 400],
+  ["status=599", 599],
+  ["status=200", 200],
+  ["chunk=65537", 400],
+  ["delay=10001", 400],
+  ["delay=-1", 400],
+  ["meta=x&type=html", 200],
 ];
 
 for (const [query, status] of REFUSED_TEXTS) {
@@ -4811,6 +5052,55 @@ const LOGS: readonly [says: string, ServeOptions, request: string, log: RegExp][
   ],
   ["who links, if nobody does", { log: "combined" }, get("/"), / 200 2 "-" "-" "utf-8"\n$/],
   ["nothing", { log: "none" }, get("/"), /^$/],
+  ["no content as a hyphen", { routes: [[/^/, () => ""]] }, get("/"), /"GET \/ HTTP\/1\.1" 200 - "utf-8"\n$/],
+  [
+    "no secret of a proxy",
+    { log: "wire" },
+    get("/", "Proxy-Authorization: Basic c2VjcmV0"),
+    /\[1\] > Proxy-Authorization: \*\*\*\n/,
+  ],
+  [
+    "a head by itself without more than it, in the wire form",
+    { log: "wire" },
+    get("/").replace("GET", "HEAD"),
+    /\[1\] < Content-Length: 2\n\[1\] < \n127/,
+  ],
+  [
+    "a stream's head, in the wire form",
+    { log: "wire" },
+    get("/stream"),
+    /\[1\] < Transfer-Encoding: chunked\n\[1\] < \n127.* 200 6 "-"\n$/,
+  ],
+  [
+    "no Referer and User-Agent in the common form",
+    {},
+    get("/", "Referer: http://a/", "User-Agent: a"),
+    / 200 2 "utf-8"\n$/,
+  ],
+  [
+    "nothing of an error's answer but its cause",
+    { log: "none", routes: [[/^/, failing(new Error("a"))]] },
+    get("/"),
+    /^charserve: error: GET \/ HTTP\/1\.1: Error: a\n$/,
+  ],
+  [
+    "what is thrown and no Error",
+    { routes: [[/^/, failing("a")]] },
+    get("/"),
+    /^charserve: error: GET \/ HTTP\/1\.1: a\n/,
+  ],
+  [
+    "what an error of an answer was caused by",
+    { routes: [[/^/, failing(new HttpError(503, "x", [], { cause: new Error("why") }))]] },
+    get("/"),
+    /^charserve: error: GET \/ HTTP\/1\.1: Error: why\n.* 503 /,
+  ],
+  [
+    "why no answer could be made of an error",
+    { routes: [[/^/, failing(new Error("a"))]], onError: failing(new Error("b")) },
+    get("/"),
+    /^charserve: error: GET .*: Error: a\ncharserve: error in onError: Error: b\n.* 500 /,
+  ],
 ];
 
 for (const [says, options, request, expected] of LOGS) {
@@ -4835,6 +5125,54 @@ Deno.test("Log notes each of many equal requests", async () => {
     for (let i = 0; i < 50; i++) await client.receive();
   }
   assertEquals(log.trimEnd().split("\n").length, 50);
+});
+
+/** What the log says of a file that does not say its charset. */
+const DETECTED: readonly [says: string, bytes: Uint8Array | string, log: RegExp][] = [
+  [
+    "what it is read as",
+    encode("Мы живём в большом городе, и я люблю его", "windows-1251"),
+    /: read as windows-1251$/m,
+  ],
+  ["what it may be read as", encode("Ça va", "windows-1252"), /: perhaps \S+$/m],
+  ["that it is not known", "\x01\x81\x02\xf1\x03\x81\x04\xf0\x05\x81".repeat(4), /: its charset is not known$/m],
+];
+
+for (const [says, bytes, expected] of DETECTED) {
+  Deno.test(`Log notes of a file that does not say its charset ${says}, once`, async () => {
+    await using tree = await plant({ "a.txt": bytes, "b.txt": "plain" });
+    const { log } = await logging({ root: tree.path, routes: [] }, async (server) => {
+      for (const target of ["/a.txt", "/a.txt?charset=gbk", "/b.txt"]) await getAndHead(server, target);
+    });
+    const lines = log.split("\n").filter((line) => line.includes("does not say its charset"));
+    assertEquals([lines.length, lines[0]?.startsWith(`charserve: ${tree.path}/a.txt does not say`)], [1, true], log);
+    assertMatch(lines[0]!, expected);
+  });
+}
+
+Deno.test("Log counts what it drops while nobody takes it", async () => {
+  const taken = Promise.withResolvers<void>(), long = "x".repeat(8000);
+  let log = "";
+  const onLog = (lines: string) => {
+    log += lines;
+    return taken.promise as unknown as void;
+  };
+  const server = serveEcho({ log: "common", onLog });
+  using client = await Client.connect(server);
+  const ask = async (count: number) => {
+    await client.send(get(`/echo?${long}`).repeat(count));
+    for (let i = 0; i < count; i++) await client.receive();
+  };
+  await ask(1);
+  while (log === "") await delay(5);
+  for (let i = 0; i < 30; i++) await ask(20);
+  taken.resolve();
+  client[Symbol.dispose]();
+  await server.shutdown();
+  const written = log.split("\n").filter((line) => line.startsWith("127")).length;
+  const dropped = Number(/^charserve: (\d+) log entries were dropped$/m.exec(log)?.[1]);
+  assertEquals(written + dropped, 601);
+  assert(log.length > 4 * 2 ** 20 && log.length < 4.1 * 2 ** 20, `${log.length} characters`);
 });
 
 Deno.test("Log survives whoever takes it", async () => {
@@ -5531,6 +5869,12 @@ function cutText(at: number, marked: string): string {
 /** What `GET /charsets` says. */
 async function charsets(): Promise<{ name: string; labels: string[]; kind: string; sample: string; bytes: string }[]> {
   return JSON.parse(textOf(await getAndHead(lab, "/charsets")));
+}
+
+/** A part of a form (RFC 7578). */
+function part(name: string, value: string, file?: string): string {
+  const fileName = file === undefined ? "" : `; filename="${file}"`;
+  return `--x\r\nContent-Disposition: form-data; name="${name}"${fileName}\r\n\r\n${value}\r\n`;
 }
 
 /** What comes, unparsed. */
