@@ -1131,6 +1131,10 @@ const FORMS: readonly [says: string, query: string, pairs: [string, string][]][]
   ["percent-encoding in small letters", "a=%e4%bd%a0", [["a", "你"]]],
   ["escapes beside what is none", "a=%G0%0G%41%", [["a", "%G0%0GA%"]]],
   ["what could be UTF-8, as what is likelier", "charset=gbk&a=%C4%A3", [["charset", "gbk"], ["a", "模"]]],
+  ["what could be UTF-8, in a charset that is seldom used", "charset=iso-8859-14&a=%C3%A9", [
+    ["charset", "iso-8859-14"],
+    ["a", "é"],
+  ]],
   ["what could be UTF-8, and is likelier that", "charset=windows-1252&a=%C3%A9", [["charset", "windows-1252"], [
     "a",
     "é",
@@ -2321,6 +2325,8 @@ const STORED: readonly [says: string, name: string, stored: string, label: strin
   ["nothing that it was told and that cannot be", "a.txt", "caf\xe9", "text/plain;charset=windows-1252", {
     sourceCharset: "utf-8",
   }],
+  ["a charset by a clear margin", "a.txt", latin1(encode("Стой!", "windows-1251")), "text/plain;charset=windows-1251"],
+  ["no charset by a narrow margin", "a.txt", latin1(encode("7;Гвозди", "windows-1251")), "text/plain"],
   ["no charset that nobody knows", "a.txt", GBK_YOU, "text/plain"],
   ["no charset that nobody knows, of a script", "a.js", GBK_YOU, "text/javascript"],
   ["no charset of a picture", "a.png", GBK_YOU, "image/png", { sourceCharset: "gbk", charset: "gbk" }],
@@ -2477,6 +2483,36 @@ for (const [says, name, stored, charset, sent, options] of CONVERTED) {
       const reply = await getAndHead(...way);
       assertEquals([charsetOf(reply), latin1(reply.content)], [charset, sent]);
     }
+  });
+}
+
+/** What speaks for the charset of a file that could be in several. */
+const NEIGHBOURS: readonly [says: string, tree: Tree, label: string, ServeOptions?][] = [
+  ["nothing", {}, "text/plain"],
+  ["a page beside it", { "f/b.html": html("gbk", GBK_YOU) }, "text/plain;charset=gbk"],
+  ["a page beside it in another charset", { "f/b.html": html("euc-kr", "\xb0\xa1") }, "text/plain;charset=euc-kr"],
+  ["the index of ROOT", { "index.html": html("gbk", GBK_YOU) }, "text/plain;charset=gbk"],
+  [
+    "text beside it that is clear",
+    { "f/b.txt": encode("你好，世界，这是一个简单的测试。", "gbk") },
+    "text/plain;charset=gbk",
+  ],
+  ["more of its neighbours", {
+    "f/b.html": html("gbk", GBK_YOU),
+    "f/c.html": html("gbk", GBK_YOU),
+    "f/d.html": html("gb18030", GBK_YOU),
+    "f/e.html": html("euc-kr", "\xb0\xa1"),
+  }, "text/plain;charset=gbk"],
+  ["no neighbour that is hidden", { "f/.b.html": html("gbk", GBK_YOU) }, "text/plain"],
+  ["no neighbour in UTF-8", { "f/b.html": html("utf-8", YOU) }, "text/plain"],
+  ["no neighbour that is no text", { "f/b.png": html("gbk", GBK_YOU), "f/c.js": html("gbk", GBK_YOU) }, "text/plain"],
+  ["nothing in another folder", { "g/b.html": html("gbk", GBK_YOU) }, "text/plain"],
+];
+
+for (const [says, tree, label] of NEIGHBOURS) {
+  Deno.test(`neighbourHints() lets ${says} speak for a charset: ${label}`, async () => {
+    await using server = await serveTree({ "f/a.txt": GBK_YOU, ...tree });
+    assertEquals((await getAndHead(server, "/f/a.txt")).fields.get("content-type"), label);
   });
 }
 
@@ -3639,6 +3675,282 @@ for (
 ) {
   Deno.test(`diagnose() leaves alone what is fine: ${JSON.stringify(text)}`, async () => {
     assertEquals(JSON.parse(textOf(await getAndHead(lab, `/diagnose?text=${encodeURIComponent(text)}`))), []);
+  });
+}
+
+/** Bytes, by what they were written as, and what they may be: each charset with its share. A better model may tell otherwise. */
+const READINGS: readonly [charset: string, text: string, readings: string][] = [
+  [
+    "shift_jis",
+    "ｽｽﾞｷ ｲﾁﾛｳ,ﾄｳｷｮｳﾄ,0312345678\nﾀﾅｶ ﾊﾅｺ,ｵｵｻｶﾌ,0612345678",
+    "shift_jis 1, ibm866 0, iso-8859-5 0, euc-jp 0, gbk 0, iso-8859-7 0, euc-kr 0, windows-1253 0",
+  ],
+  [
+    "windows-1254",
+    "Toplanti salonu yerine bekleme odası",
+    "windows-1254 0.994, windows-1250 0.003, iso-8859-2 0.001, windows-1252 0, windows-1251 0, windows-1253 0, windows-1257 0, iso-8859-7 0",
+  ],
+  [
+    "big5",
+    "最新消息 產品介紹",
+    "big5 1, gbk 0, euc-kr 0, ibm866 0, euc-jp 0, windows-1256 0, shift_jis 0, windows-1253 0",
+  ],
+  ["windows-874", "รักข้ามคลอง", "windows-874 1, koi8-u 0, euc-kr 0, gbk 0, euc-jp 0, big5 0, koi8-r 0, shift_jis 0"],
+  [
+    "euc-kr",
+    "홈",
+    "utf-8 1, euc-kr 0, gbk 0, shift_jis 0, windows-1251 0, euc-jp 0, big5 0, windows-874 0, iso-8859-5 0",
+  ],
+  [
+    "shift_jis",
+    "第三話「鍵のかかった部屋」",
+    "shift_jis 1, gbk 0, euc-kr 0, koi8-r 0, ibm866 0, x-mac-cyrillic 0, big5 0, windows-1251 0",
+  ],
+  ["euc-jp", "一ノ瀬", "big5 0.88, euc-jp 0.12, gbk 0, euc-kr 0, windows-1251 0, shift_jis 0, windows-874 0, ibm866 0"],
+  ["big5", "- 線上看", "big5 1, euc-kr 0, gbk 0, iso-8859-5 0, shift_jis 0, koi8-u 0, ibm866 0, windows-1254 0"],
+  [
+    "windows-874",
+    "สวัสดีชาวโลก",
+    "windows-874 1, gbk 0, euc-jp 0, big5 0, shift_jis 0, x-mac-cyrillic 0, macintosh 0, euc-kr 0",
+  ],
+  [
+    "ibm866",
+    "ДИРЕКТОРУ.TXT",
+    "ibm866 0.94, x-mac-cyrillic 0.059, koi8-r 0.001, koi8-u 0, shift_jis 0, windows-1256 0, gbk 0, windows-1251 0",
+  ],
+  [
+    "windows-1252",
+    "¿Y",
+    "big5 0.413, euc-kr 0.413, windows-1250 0.067, iso-8859-5 0.04, iso-8859-2 0.033, gbk 0.013, windows-1253 0.013, iso-8859-7 0.009",
+  ],
+  [
+    "windows-1250",
+    "Źdźb",
+    "windows-1250 0.537, shift_jis 0.414, windows-1251 0.04, euc-kr 0.005, macintosh 0.003, gbk 0, big5 0, ibm866 0",
+  ],
+  [
+    "windows-1252",
+    "Öl",
+    "windows-1252 0.315, windows-1254 0.289, windows-1250 0.144, windows-1257 0.102, iso-8859-2 0.072, iso-8859-15 0.039, windows-1251 0.028, iso-8859-5 0.011",
+  ],
+  [
+    "windows-1252",
+    "Copyright ©",
+    "windows-1252 0.232, windows-1251 0.213, windows-1250 0.107, windows-1253 0.107, windows-1254 0.107, windows-1257 0.107, iso-8859-7 0.075, windows-1255 0.053",
+  ],
+  [
+    "big5",
+    "歐陽筱筑",
+    "big5 0.665, gbk 0.333, shift_jis 0.002, euc-kr 0, euc-jp 0, windows-874 0, iso-8859-5 0, ibm866 0",
+  ],
+  ["big5", "話啦。", "big5 1, euc-kr 0, gbk 0, shift_jis 0, euc-jp 0, iso-8859-5 0, iso-8859-7 0, ibm866 0"],
+  [
+    "shift_jis",
+    "if (count > 100) break; /* 上限を超えたら終了 */",
+    "shift_jis 1, gbk 0, euc-kr 0, euc-jp 0, windows-1251 0, big5 0, ibm866 0, koi8-r 0",
+  ],
+  [
+    "gbk",
+    'echo "Backup finished" >> D:\\log\\备.txt',
+    "euc-kr 0.994, gbk 0.002, big5 0.002, euc-jp 0.001, windows-1252 0, koi8-r 0, windows-1250 0, windows-1254 0",
+  ],
+  [
+    "windows-1250",
+    "ení",
+    "windows-1250 0.406, windows-1252 0.341, iso-8859-2 0.203, iso-8859-15 0.043, windows-1251 0.002, windows-1257 0.002, windows-1253 0.002, iso-8859-7 0.001",
+  ],
+  [
+    "koi8-r",
+    "DEBUG=0 # включать только при отладке",
+    "koi8-r 0.8, koi8-u 0.2, shift_jis 0, ibm866 0, windows-1251 0, gbk 0, windows-1256 0, windows-1253 0",
+  ],
+];
+
+for (const [charset, text, readings] of READINGS) {
+  Deno.test(`detect() tells what may be in ${charset}: ${text}`, async () => {
+    const found = await detected(encode(text, charset, "fatal"));
+    assertEquals(found.map(({ charset, confidence }) => `${charset} ${confidence}`).join(", "), readings);
+    const own = found.find((each) => each.charset === charset);
+    if (own !== undefined) assertEquals(own.text, text);
+  });
+}
+
+/** Bytes that prove what they are. */
+const PROVEN: readonly [says: string, bytes: string, charset: string | undefined][] = [
+  ["ASCII", "Hello", "utf-8"],
+  ["nothing", "", "utf-8"],
+  ["a byte-order mark", "\xff\xfea\0", "utf-16le"],
+  ["a declaration", "<meta charset=koi8-r>\xd0", "koi8-r"],
+  ["zeros at odd places", "a\0b\0\n\0", "utf-16le"],
+  ["zeros at even places", "\0a\0b\0\n", "utf-16be"],
+  ["zeros at odd places, and a few others", "a\0b\0c\0d\0\0\x4e", "utf-16le"],
+  ["zeros at odd places, and too many others", "a\0b\0c\0\0\x4e", "utf-8"],
+  ["zeros at odd places, in an odd number", "a\0b\0c", "utf-8"],
+  [
+    "UTF-16 that is longer than what is looked at, which ends in half a character",
+    "a\0".repeat(767) + "\x3d\xd8\x00\xdea\0",
+    "utf-16le",
+  ],
+  ["zeros between what no text has", "\x01\0\x02\0\x03\0", "utf-8"],
+  ["zeros between what is no character", "a\0\x78\x03b\0", "utf-8"],
+  ["zeros between letters in no order", "q\0\xe3\x01Q\0\xdb\x01x\0\xeb\x01W\0\x14\x02j\0\x9b\x01", undefined],
+  ["escape sequences of Japanese", '\x1b$B$"\x1b(B', "iso-2022-jp"],
+  ["an escape sequence of Roman", "\x1b(J\\\x1b(B", "iso-2022-jp"],
+  ["escape sequences behind ASCII", 'a\x1b$@$"\x1b(Ba', "iso-2022-jp"],
+  ["escape sequences of a terminal", "\x1b[1mbold", "utf-8"],
+  ["escape sequences beside other bytes", '\x1b$B$"\x1b(B\xe9', undefined],
+  ["escape sequences around what is no character", "\x1b$B!a\x7f\x7f\x1b(Babc", "utf-8"],
+  ["nine good bytes, of three each, and a bad one", "\xe0\xa0\x80".repeat(3) + "\x80", "utf-8"],
+  ["nine good bytes, of three each up to the last, and a bad one", "\xef\xbf\xbd".repeat(3) + "\x80", "utf-8"],
+  ["ten good bytes, of two each, and a bad one", "\xc2\x80".repeat(5) + "\x80", "utf-8"],
+  ["ten good bytes, of two each up to the last, and a bad one", "\xdf\xbf".repeat(5) + "\x80", "utf-8"],
+  ["twelve good bytes, of four each, and a bad one", "\xf0\x90\x80\x80".repeat(3) + "\x80", "utf-8"],
+  ["twelve good bytes, of four each up to the last, and a bad one", "\xf4\x8f\xbf\xbf".repeat(3) + "\x80", "utf-8"],
+  ["eight good bytes and a bad one", "\xc2\xa9".repeat(4) + "\x80", undefined],
+  ["eighteen good bytes and two bad ones", "\xc2\xa9".repeat(9) + "\x80a\x80", "utf-8"],
+  ["eighteen good bytes, and what is cut off", "\xc2\xa9".repeat(9) + "\xe4\xbda", "utf-8"],
+  ["sixteen good bytes, and what is cut off", "\xc2\xa9".repeat(8) + "\xe4\xbda", undefined],
+  ["leads that are too low", "\xc1\x80".repeat(5) + "\x80", undefined],
+  ["leads that are too high", "\xf5\x80\x80\x80".repeat(5) + "\x80", undefined],
+  ["a bad byte alone", "a\x80", undefined],
+];
+
+for (const [says, bytes, charset] of PROVEN) {
+  Deno.test(`saidEncoding() ${charset === undefined ? "believes nothing of" : "believes"} ${says}: ${charset ?? "detected"}`, async () => {
+    const [best] = await detected(bytesOf(bytes));
+    if (charset === undefined) {
+      assert(best?.charset !== "utf-8" && best?.charset.startsWith("utf-16") !== true, best?.charset);
+    } else assertEquals([best?.charset, best?.confidence], [charset, 1]);
+  });
+}
+
+Deno.test("describeDetection() tells eight readings beside what is sure, and a thousand characters of each", async () => {
+  const reply = await ask(lab, post("/detect", latin1(encode("Привет, мир! ".repeat(200), "koi8-r"))));
+  assertEquals(reply.fields.get("content-type"), "application/json");
+  assertMatch(textOf(reply), /^\[\n {\n  "charset": "koi8-r",\n  "text": "Привет[^]*\n\]\n$/);
+  const readings: Detected[] = JSON.parse(textOf(reply));
+  assertEquals([readings.length, readings[0]!.text.length], [8, 1000]);
+  assertEquals((await detected(bytesOf("\xe4\xbd\xa0"))).length, 9);
+  const cut = (await detected(encode("a".repeat(999) + "👋", "utf-8")))[0]!;
+  assertEquals(cut.text, "a".repeat(999) + "\ufffd");
+});
+
+/** What may have happened to a text, likeliest first: what it was, and how it came to this. A better model may tell otherwise. */
+const EXPLAINED: readonly [garbled: string, explanations: string[]][] = [
+  ["Gr\u0094\u008de", [
+    "Gröìe (cp437 read as windows-1252)",
+    "Grîçe (macintosh read as windows-1252)",
+    "Gr”Ťe (windows-1250 read as windows-1252)",
+    "Gr”Ќe (windows-1251 read as windows-1252)",
+    "Gr\ufffde (big5 read as windows-1252, 1 lost)",
+    "Gr”¨e (windows-1257 read as windows-1252)",
+    "Grīēe (macintosh read as windows-1252, then windows-1257 read as windows-1252)",
+    "Gr■█e (koi8-r read as windows-1252)",
+  ]],
+  ["%C4%E3%BA%C3%A3%AC%CA%C0%BD%E7", ["你好，世界 (percent-encoding of URLs)"]],
+  ["£ódŸ, ¿ó³æ", [
+    "Łódź, żółć (windows-1250 read as windows-1252)",
+    "Јуdџ, їуіж (windows-1251 read as windows-1252)",
+    "d\ufffd, 鄴單 (big5 read as windows-1252, 1 lost)",
+    "ｓd\ufffd, 웁녔 (euc-kr read as windows-1252, 1 lost)",
+    "Łódľ, żółć (windows-1250 read as iso-8859-15)",
+    "Łód\u009f, żółć (iso-8859-2 read as windows-1252)",
+    "Łódž, żółć (iso-8859-2 read as iso-8859-15)",
+    "ｓd\ufffd, 矿虫 (gbk read as windows-1252, 1 lost)",
+  ]],
+  ["%E4%BD%A0%E5%A5%BD", ["你好 (percent-encoding of URLs)"]],
+  ["､ｳ､\ufffdﾏﾆ\ufffdﾜｸ\ufffdﾎ･ﾆ･ｹ･ﾈ､ﾇ､ｹ｡｣", [
+    "こ\ufffd\ufffd\ufffdテストです。 (euc-jp read as shift_jis, 3 lost)",
+    "､ｳ､\ufffdﾏﾆ\ufffdﾜｸ\ufffdﾎ･ﾆ･ｹ･ﾈ､ﾇ､ｹ｡｣ (read as UTF-8, which it was not: what was there is lost for good, 3 lost)",
+  ]],
+  ["æ\u0096\u0087å\u00ad\u0097", [
+    "文字 (utf-8 read as windows-1252)",
+    "ꓥ꙲ (utf-8 read as windows-1252, then utf-16be read as big5)",
+    "ндвж (utf-8 read as windows-1252, then koi8-r read as gbk)",
+    "矢机 (utf-8 read as windows-1252, then gbk read as euc-jp)",
+    "ОДЧЦ (utf-8 read as windows-1252, then windows-1251 read as gbk)",
+    "ﾎﾄﾗﾖ (utf-8 read as windows-1252, then shift_jis read as gbk)",
+  ]],
+  ["¤¤¤å", ["いゅ (euc-jp read as windows-1252)", "中文 (big5 read as windows-1252)"]],
+  ["ﾄ羲ﾃ｣ｬﾊﾀｽ逎ｬﾕ簗ﾇﾒｻｸ\ue4e3\ue1ec･ｵﾄｲ簗ﾔ｡｣", ["你好，世界，这是一个简单的测试。 (gbk read as shift_jis)"]],
+  ["=?utf-8?B?5L2g5aW9?=", ["你好 (encoded words of mail)"]],
+  ["±j©Ô", ["強拉 (big5 read as windows-1252)", "ｶｯﾙﾇ (big5 read as windows-1252, then shift_jis read as euc-jp)"]],
+  ["b\u0000o\u0000n\u0000j\u0000o\u0000u\u0000r\u0000", ["bonjour (utf-16le read as utf-8)"]],
+  ["\\u4f60\\u597d", ["你好 (escapes of JavaScript and JSON)"]],
+  ["皜祈岫", ["yԇ (utf-8 read as big5, then utf-8 read as gbk)"]],
+  ["Ã©", [
+    "é (utf-8 read as windows-1252)",
+    "챕 (euc-kr read as windows-1252)",
+    "ﾃｩ (shift_jis read as windows-1252)",
+    "รฉ (windows-874 read as windows-1252)",
+  ]],
+  ["¾È³ç", [
+    "안녕 (euc-kr read as windows-1252)",
+    "ｾﾈｳ (shift_jis read as windows-1252)",
+    "ȳ (utf-8 read as windows-1252)",
+    "พศณ็ (windows-874 read as windows-1252)",
+    "╛╚│ч (ibm866 read as windows-1252)",
+    "ﾏｭ (gbk read as windows-1252, then shift_jis read as euc-kr)",
+  ]],
+  [
+    "Ã¤Â½Â\u00a0Ã¥Â¥Â½Ã¯Â¼Å’Ã¤Â¸â€“Ã§â€¢Å’Ã¯Â¼Å’Ã¨Â¿â„¢Ã¦ËœÂ¯Ã¤Â¸â‚¬Ã¤Â¸ÂªÃ§Â®â‚¬Ã¥Â\u008dâ€¢Ã§Å¡â€žÃ¦Âµâ€¹Ã¨Â¯â€¢Ã£â‚¬â€š",
+    ["你好，世界，这是一个简单的测试。 (utf-8 read as windows-1252, then utf-8 read as windows-1252)"],
+  ],
+  ["na簿ve caf矇", [
+    "naïve café (utf-8 read as big5)",
+    "naďve café (utf-8 read as big5, then windows-1250 read as windows-1252)",
+  ]],
+  ["â€œquotedâ€\u009d", ["“quoted” (utf-8 read as windows-1252)"]],
+  ["浣犲ソ", ["你好 (utf-8 read as gbk)"]],
+  ["Vi&#7879;t Nam có r&#7845;t nhi&#7873;u", ["Việt Nam có rất nhiều (character references of HTML)"]],
+  ["=?gbk?Q?=C4=E3=BA=C3?= =?utf-8?q?_caf=C3=A9?=", ["你好 café (encoded words of mail)"]],
+  ["&#1114111;你", ["􏿿你 (character references of HTML)"]],
+  ["&#1114112;é", []],
+  ["&#xe9;", ["é (character references of HTML)"]],
+  ["\\u{10ffff} \\u{110000}", ["􏿿 \\u{110000} (escapes of JavaScript and JSON)"]],
+  ["=?klingon?Q?=C4=E3?=", []],
+  ["=?utf-8?B?*?= é", []],
+  ["=?utf-8?q?a=C3=A9_b?=", ["aé b (encoded words of mail)"]],
+  ["%C3%A9", ["é (percent-encoding of URLs)"]],
+  ["caf\ufffd", ["caf\ufffd (read as UTF-8, which it was not: what was there is lost for good, 1 lost)"]],
+  ["?", []],
+  ["Привет?", []],
+  [
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaÃ©tÃ© dÃ©jÃ",
+    [
+      "慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡꧃ (utf-16le read as windows-1252)",
+      "慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡쎩 (utf-16be read as windows-1252)",
+      "慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡꧌ (utf-16le read as macintosh)",
+    ],
+  ],
+  [
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaÃ©tÃ© dÃ©jÃ",
+    [
+      "慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡慡 (utf-16le read as utf-8)",
+      "全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全全 (utf-16le read as utf-8, then shift_jis read as gbk)",
+      "멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣멣 (utf-16le read as utf-8, then euc-kr read as gbk)",
+      "嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩嵩 (utf-16le read as utf-8, then gbk read as big5)",
+      "瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞瞞 (utf-16le read as utf-8, then shift_jis read as big5)",
+      "俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗俗 (utf-16le read as utf-8, then euc-kr read as big5)",
+      "騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌騌 (utf-16le read as utf-8, then big5 read as gbk)",
+      "疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽 (utf-16le read as utf-8, then euc-jp read as big5)",
+    ],
+  ],
+];
+
+for (const [garbled, explanations] of EXPLAINED) {
+  Deno.test(`diagnose() tells all that may have happened to ${JSON.stringify(garbled.slice(0, 40))}`, async () => {
+    const reply = await ask(
+      lab,
+      post("/diagnose", latin1(encode(garbled, "utf-8")), "Content-Type: text/plain;charset=utf-8"),
+    );
+    assertEquals(reply.fields.get("content-type"), "application/json");
+    const told: Diagnosed[] = JSON.parse(textOf(reply));
+    const shown = told.map(({ text, steps, lost, note }) => {
+      const way = note ?? steps.map(({ written, read }) => `${written} read as ${read}`).join(", then ");
+      return `${text} (${way}${lost > 0 ? `, ${lost} lost` : ""})`;
+    });
+    assertEquals(shown, explanations);
   });
 }
 
@@ -5875,6 +6187,26 @@ async function charsets(): Promise<{ name: string; labels: string[]; kind: strin
 function part(name: string, value: string, file?: string): string {
   const fileName = file === undefined ? "" : `; filename="${file}"`;
   return `--x\r\nContent-Disposition: form-data; name="${name}"${fileName}\r\n\r\n${value}\r\n`;
+}
+
+/** A charset that bytes may be in, as `/detect` tells it. */
+interface Detected {
+  readonly charset: string;
+  readonly text: string;
+  readonly confidence: number;
+}
+
+/** What `/detect` says of bytes. */
+async function detected(bytes: Uint8Array): Promise<Detected[]> {
+  return JSON.parse(textOf(await ask(lab, post("/detect", latin1(bytes)))));
+}
+
+/** An explanation of a garbled text, as `/diagnose` tells it. */
+interface Diagnosed {
+  readonly steps: readonly { readonly written: string; readonly read: string }[];
+  readonly text: string;
+  readonly lost: number;
+  readonly note?: string;
 }
 
 /** What comes, unparsed. */
