@@ -3006,8 +3006,6 @@ for (const [says, query, charset] of LARGE) {
         latin1(reply.content.subarray(start, end! + 1)),
       ]),
     );
-    {
-    }
   });
 }
 
@@ -5515,6 +5513,44 @@ Deno.test("README has every option that --help has", async () => {
   for (const usage of usages) assertStringIncludes(readme, usage);
 });
 
+/** Some of \`--help\`, as it is laid out. */
+const HELP = [
+  `deno run --allow-net [--allow-read] server.ts [OPTIONS] [ROOT]
+
+Serves ROOT, a folder or a file, with its text in any charset.
+Without ROOT, serves the charset lab.
+
+What to serve:
+      --body <text>             text that answers every GET, in place of ROOT;
+                                -: read it from standard input
+`,
+  `
+Network:
+  -p, --port <port>             TCP port to listen on (default 8000); 0: any
+                                free one
+      --host <address>          address to listen on (default 127.0.0.1);
+                                0.0.0.0 or :: lets other machines in
+`,
+  `
+Limits:
+      --header-timeout <time>   longest wait for a request head (default 10s)
+      --idle-timeout <time>     longest silence of a client (default 60s)
+      --max-connections <n>     most connections at once (default 1000); the
+                                next one gets 503
+      --max-body <size>         longest content of a request (default 1MiB)
+`,
+  `
+  -h, --help                    show this and exit
+  -V, --version                 show the version and exit
+`,
+];
+
+Deno.test("The command line lays out its help in two columns", async () => {
+  const { stdout } = await run(["--help"]);
+  for (const part of HELP) assertStringIncludes(stdout, part);
+  assert(stdout.startsWith(HELP[0]!) && stdout.trimEnd().endsWith(HELP.at(-1)!.trimEnd()));
+});
+
 /** Whether `@std/cli` is where Deno looks for it, and not in a folder: there, a process may not read it. */
 const HAS_PACKAGE = !Deno.env.get("JSR_URL")?.startsWith("file:") && await hasModule("jsr:@std/cli@^1/parse-args");
 
@@ -5584,6 +5620,39 @@ const FAILURES: readonly [says: string, args: string[], code: number, message: R
     "--allow-read",
   ]],
   ["a certificate without a key", ["--cert", "no.pem", "--port", "0"], 2, /--key/],
+  [
+    "a misspelt option with two letters swapped",
+    ["--tpye", ".a=b/c", "."],
+    2,
+    /unknown option --tpye, did you mean --type\?$/m,
+  ],
+  ["an option of more than 40 letters", [`--header${"x".repeat(40)}`], 2, /unknown option --headerx+$/m],
+  ["an option that is no more than near", ["--prit"], 2, /unknown option --prit, did you mean --port\?$/m],
+  ["too many threads", ["--workers", "257"], 2, /--workers 257: expected a whole number from 1 to 256$/m],
+  ["too many connections", ["--max-connections", "1000001"], 2, /expected a whole number from 1 to 1000000$/m],
+  ["a number of ten digits", ["--port", "0000000080"], 2, /--port 0000000080: expected/],
+  ["a time of less than a millisecond", ["--idle-timeout", "0.9ms"], 2, /--idle-timeout 0\.9ms: expected a time/],
+  ["a time in hours", ["--idle-timeout", "1h"], 2, /--idle-timeout 1h: expected a time such as 10s, 500ms or 2m$/m],
+  [
+    "a size in another unit",
+    ["--max-body", "1TiB"],
+    2,
+    /--max-body 1TiB: expected a size such as 1MiB, 64KiB or 1000$/m,
+  ],
+  [
+    "a mode that is nearly one",
+    ["--unmappable", "htlm"],
+    2,
+    /expected auto, html, replacement, fatal, did you mean html\?$/m,
+  ],
+  ["an extension with a slash in it", ["--type", ".a/b=c/d", "."], 2, /--type \.a\/b=c\/d: expected/],
+  [
+    "a switch that is turned off and needs nothing, and a ROOT that does not exist",
+    ["--dotfiles=false", "no/such"],
+    1,
+    /no\/such/,
+    ["--allow-net", "--allow-read"],
+  ],
 ];
 
 for (const [says, args, code, message, permissions] of FAILURES) {
@@ -5601,7 +5670,11 @@ Deno.test("The command line explains a port in use: 1", async () => {
   const { port } = server.addr as Deno.NetAddr;
   const { code, stderr } = await run(["--port", `${port}`]);
   assertEquals(code, 1);
-  assertEquals(stderr, `charserve: 127.0.0.1:${port} is in use: choose another with --port, or 0 for any\n`);
+  const expected = `charserve: 127.0.0.1:${port} is in use: choose another with --port, or 0 for any\n`;
+  assertEquals(stderr, expected);
+  const permissions = ["--allow-net", "--allow-read", "--unstable-net"];
+  const workers = await run(["--port", `${port}`, "--workers", "2"], { permissions });
+  assertEquals([workers.code, workers.stderr], [1, expected]);
 });
 
 const TOLD: readonly [args: string[], stdout: RegExp][] = [
@@ -5611,6 +5684,18 @@ const TOLD: readonly [args: string[], stdout: RegExp][] = [
   [["-h", "--port", "0"], /^deno run /],
   [["-hVp0"], /^deno run /],
   [["--help=false", "--version"], /^charserve /],
+  [
+    ["--port", "65535", "--max-connections", "1000000", "--workers", "256", "--header-timeout", "1ms", "--help"],
+    /^deno run /,
+  ],
+  [
+    ["--idle-timeout", "0.001s", "--max-body", "999999999GiB", "--workers", "auto", "--allow-host", "*", "-h"],
+    /^deno run /,
+  ],
+  [
+    ["--source-charset", "auto", "--header", "X:", "--auth", "@x", "--type", ".A=B/C", "--declare", "none", "-h"],
+    /^deno run /,
+  ],
 ];
 
 for (const [args, expected] of TOLD) {
@@ -5674,6 +5759,7 @@ Deno.test("The command line starts, answers and ends at once, however silent the
       else assertStringIncludes(new TextDecoder().decode((await child.output()).stderr), "127.0.0.1:8000 is in use");
     })(),
     (async () => assertEquals((await run(["--version"], { env })).code, 0))(),
+    (async () => assertEquals((await run(["--help"], { env })).code, 0))(),
     (async () => assertEquals((await run(["--nonsense"], { env })).code, 2))(),
     (async () => {
       const { child, line } = await start(["--port", "0", "--log", "none"], { env });
@@ -5706,6 +5792,98 @@ Deno.test("The command line shows the addresses that other machines can use, or 
   const allowed = await start(args, { permissions: ["--allow-net", "--allow-sys=networkInterfaces"] });
   assertEquals(await end(allowed.child), { code: 0, stderr: "" });
 });
+
+Deno.test("The command line reads sizes and times", async () => {
+  const limits: [size: string, bytes: number][] = [["1000", 1000], ["1KiB", 1024], ["2mib", 2 ** 21]];
+  for (const [size, bytes] of limits) {
+    const { child, line } = await start(["-p0", "--log=none", "--max-body", size]);
+    const statuses = [];
+    for (const length of [bytes, bytes + 1]) {
+      statuses.push((await ask({ addr: addressOf(line) }, post("/text", "x".repeat(length)))).status);
+    }
+    assertEquals(statuses, [200, 413], size);
+    assertEquals((await end(child)).code, 0);
+  }
+  for (const time of ["50ms", "0.05", "0.05s"]) {
+    const { child, line } = await start(["-p0", "--log=none", "--idle-timeout", time]);
+    using client = await Client.connect({ addr: addressOf(line) });
+    await within5s(client.end());
+    assertEquals((await end(child)).code, 0);
+  }
+  const { child, line } = await start(["-p0", "--log=none", "--idle-timeout=1m", "--header-timeout=10m"]);
+  using client = await Client.connect({ addr: addressOf(line) });
+  await client.send("GET");
+  await delay(100);
+  await client.send(get("/charsets").slice(3));
+  assertEquals((await client.receive()).status, 200);
+  client[Symbol.dispose]();
+  assertEquals((await end(child)).code, 0);
+});
+
+Deno.test(
+  "The command line listens on a Unix socket, also where another was left behind",
+  { ignore: ON_WINDOWS },
+  async () => {
+    const folder = await Deno.makeTempDir(), unix = `${folder}/socket`;
+    const permissions = ["--allow-net", "--allow-read", "--allow-write"],
+      args = ["--unix", unix, "--log=none", "--body", "hi"];
+    const killed = await start(args, { permissions });
+    assertEquals(killed.line, `unix:${unix}`);
+    const second = await run(args, { permissions });
+    assertEquals([second.code, second.stderr], [1, `charserve: ${unix} is in use: choose another with --unix\n`]);
+    await end(killed.child, "SIGKILL");
+    assert((await Deno.lstat(unix)).isSocket);
+    const { child } = await start(args, { permissions });
+    assertEquals(textOf(await ask({ addr: { transport: "unix", path: unix } }, get("/"))), "hi");
+    assertEquals(await end(child), { code: 0, stderr: "" });
+    await Deno.writeTextFile(unix, "no socket");
+    assertEquals((await run(args, { permissions })).code, 1);
+    assertEquals(await Deno.readTextFile(unix), "no socket");
+    await Deno.remove(folder, { recursive: true });
+  },
+);
+
+Deno.test("The command line speaks HTTPS, with a certificate and its key", async () => {
+  await using tree = await plant({ "cert.pem": CERTIFICATE, "key.pem": KEY, "no.pem": "nonsense" });
+  const command = { permissions: ["--allow-net", "--allow-read"] }, path = (name: string) => `${tree.path}/${name}.pem`;
+  const args = (
+    cert: string,
+    key: string,
+  ) => ["-p0", "--log=none", "--body=hi", "--cert", path(cert), "--key", path(key)];
+  const { child, line } = await start(args("cert", "key"), command);
+  assertMatch(line, /^https:\/\/localhost:\d+\/$/);
+  using client = new Client(
+    await Deno.connectTls({ hostname: "localhost", port: addressOf(line).port, caCerts: [CERTIFICATE] }),
+  );
+  await client.send(get("/", "Connection: close"));
+  assertEquals(textOf(await client.receive()), "hi");
+  client[Symbol.dispose]();
+  assertEquals(await end(child), { code: 0, stderr: "" });
+  const { code, stderr } = await run(args("no", "key"), command);
+  assertEquals(code, 1);
+  assertMatch(
+    stderr,
+    /^charserve: --cert and --key are not a certificate and its key, both in PEM and not encrypted \(.*\)\n$/,
+  );
+});
+
+Deno.test(
+  "The command line says what it waits for, and does not wait after a second signal",
+  { ignore: ON_WINDOWS },
+  async () => {
+    for (const [signal, expected] of [["SIGINT", 130], ["SIGTERM", 143]] as const) {
+      const { child, line } = await start(["-p0", "--log=none"]);
+      using client = await Client.connect({ addr: addressOf(line) });
+      await client.send(post("/text", "x", "Expect: 100-continue").slice(0, -1));
+      assertEquals((await client.receive()).status, 100);
+      child.kill(signal);
+      while (await answers(addressOf(line))) await delay(5);
+      const { code, stderr } = await end(child, signal);
+      const waiting = "charserve: waiting for 1 answer, Ctrl-C again stops now\n";
+      assertEquals([code, stderr], [expected, signal === "SIGINT" ? waiting : ""]);
+    }
+  },
+);
 
 Deno.test("The command line lets an answer under way finish", async () => {
   const { child, line } = await start(["--port", "0", "--log", "none"]);
@@ -5752,6 +5930,10 @@ for (const [says, args, target, status, text] of FILES_SERVED) {
 
 Deno.test("The server gives each valid request one answer, in order, and each other one a refusal", async () => {
   assert((await fuzz({ seed: 1, iterations: 1500 })).requests > 1500);
+});
+
+Deno.test("The server sends nothing that was never there, while files change", { ignore: ON_WINDOWS }, async () => {
+  assert((await fuzz({ seed: 2, seconds: 1, changes: true })).requests > 10);
 });
 
 // ── Helpers ─────────────────────────────────────────────────────────────────────────────────────
