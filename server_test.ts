@@ -4560,6 +4560,59 @@ Deno.test("scanBlock() shows the line with most of the words, and what is around
   assertEquals([last?.line, last?.snippet], [3, "three two ONE"]);
 });
 
+/** A line, and what is shown of it where \`needle\` is searched for. */
+const EXCERPTS: readonly [says: string, line: string, snippet: string][] = [
+  ["all of a line of 160 characters", "x".repeat(154) + "needle", "x".repeat(154) + "needle"],
+  ["40 characters before", "x".repeat(40) + "needle" + "y".repeat(200), `${"x".repeat(40)}needle${"y".repeat(114)}…`],
+  [
+    "no more than 40 before",
+    "x".repeat(41) + "needle" + "y".repeat(200),
+    `…${"x".repeat(40)}needle${"y".repeat(114)}…`,
+  ],
+  ["the end of a line", "x".repeat(200) + "needle", `…${"x".repeat(154)}needle`],
+  ["its beginning", "needle" + "y".repeat(200), `needle${"y".repeat(154)}…`],
+  [
+    "a place behind what is folded to more",
+    "ﬃ".repeat(100) + "needle" + "y".repeat(200),
+    `…${"ﬃ".repeat(40)}needle${"y".repeat(114)}…`,
+  ],
+  [
+    "a place behind what is folded to less",
+    "e\u0301".repeat(100) + "needle" + "y".repeat(200),
+    `…${"e\u0301".repeat(20)}needle${"y".repeat(114)}…`,
+  ],
+  [
+    "no half of a character",
+    "👋".repeat(30) + "x".repeat(1) + "needle" + "y".repeat(200),
+    `…${"👋".repeat(19)}xneedle${"y".repeat(114)}…`,
+  ],
+  ["the first of two", "needle\nneedle again", "needle"],
+];
+
+for (const [says, line, snippet] of EXCERPTS) {
+  Deno.test(`excerpt() shows ${says}`, async () => {
+    await using server = await serveTree({ "a.txt": encode(line, "utf-8") });
+    assertEquals((await search(server, "needle")).map((found) => [found.line, found.snippet]), [[1, snippet]]);
+  });
+}
+
+Deno.test("stopReason() ends a search after ten seconds, and says so", async () => {
+  await using server = await serveTree({ "a.txt": "needle", "b.txt": "needle", "c.txt": "needle" });
+  for (const [time, count] of [[9_000, 3], [10_001, 1]] as const) {
+    const now = performance.now.bind(performance);
+    // The time passes while the first file is read.
+    const passing = (open: (...args: unknown[]) => unknown) => (...args: unknown[]) => {
+      performance.now = () => now() + time;
+      return open(...args);
+    };
+    const reply = await instead("open", passing, () => ask(server, get("/?q=needle&text=1")))
+      .finally(() => performance.now = now);
+    const text = textOf(reply);
+    assertEquals([...text.matchAll(/<mark>/g)].length, count);
+    assertEquals(text.includes("It stopped early: no search takes more than 10 s."), count === 1);
+  }
+});
+
 Deno.test("searchBelow() describes what it finds", async () => {
   await using server = await serveTree({ "a/b.txt": "first\nsecond line\n", "second/": "" });
   const [folder, file] = await search(server, "second");
@@ -4685,6 +4738,18 @@ Deno.test("mayHaveLetters() passes over no file of one letter, nor of many", asy
   assertEquals((await search(server, "春")).map(({ path }) => path), ["a.txt", "b.txt"]);
   assertEquals((await search(server, long)).map(({ path }) => path), ["b.txt"]);
   assertEquals((await search(server, "春声")).map(({ path }) => path), []);
+  for (const name of ["utf-16le", "utf-16be", "utf-8", "gb18030", "big5"]) {
+    const text = `x\u6625\u9727${name === "gb18030" ? "\u{20000}\u3400" : ""}y`;
+    await Deno.writeFile(
+      `${server.path}/${name}.css`,
+      encode(name.startsWith("utf") ? `\ufeff${text}` : `@charset "${name}";${text}`, name),
+    );
+  }
+  assertEquals(
+    (await search(server, "春霧")).map(({ path }) => path).sort(),
+    ["utf-16be", "utf-16le", "utf-8", "gb18030", "big5"].map((name) => `${name}.css`).sort(),
+  );
+  assertEquals((await search(server, "㐀")).map(({ path }) => path), ["gb18030.css"]);
 });
 
 Deno.test("searchText() passes over files that are too large, and says so", async () => {
