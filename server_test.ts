@@ -1200,7 +1200,7 @@ Deno.test("Incoming shows the request as it came", async () => {
     return "";
   }]];
   await using server = serveEcho({ charset: "gb2312", routes });
-  const request = get("/%41?b", "x-y: 1", "X-Y: 2");
+  const request = get("/%41?b", "x-y: 1", "X-Y: 2", "X-Forwarded-For: 192.0.2.1");
   assertEquals((await ask(server, request)).status, 200);
   assertEquals(head, request);
 });
@@ -5718,6 +5718,7 @@ const FAILURES: readonly [says: string, args: string[], code: number, message: R
     /no\/such/,
     ["--allow-net", "--allow-read"],
   ],
+  ["an option that is not near enough to any", ["--tyqqq"], 2, /unknown option --tyqqq$/m],
 ];
 
 for (const [says, args, code, message, permissions] of FAILURES) {
@@ -5856,6 +5857,7 @@ Deno.test("The command line shows the addresses that other machines can use, or 
   assertMatch((await end(child)).stderr, /^charserve: add --allow-sys=networkInterfaces .*\n$/);
   const allowed = await start(args, { permissions: ["--allow-net", "--allow-sys=networkInterfaces"] });
   assertEquals(await end(allowed.child), { code: 0, stderr: "" });
+  assert(!/127\.0\.0\.1|\[::1\]|\[fe80/.test(allowed.line), allowed.line);
 });
 
 Deno.test("The command line reads sizes and times", async () => {
