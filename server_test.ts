@@ -5934,6 +5934,25 @@ Deno.test("The command line speaks HTTPS, with a certificate and its key", async
   );
 });
 
+Deno.test("The command line answers after SIGTERM what idle connections still ask, and after SIGINT nothing", async () => {
+  for (const signal of ["SIGTERM", "SIGINT"] as const) {
+    const { child, line } = await start(["-p0", "--log=none"]);
+    using client = await Client.connect({ addr: addressOf(line) });
+    await client.send(get("/charsets"));
+    await client.receive();
+    const ended = end(child, signal);
+    if (signal === "SIGTERM") {
+      // Asked to stop, it listens no more.
+      while (await answers(addressOf(line))) await delay(5);
+      await client.send(get("/charsets"));
+      assertEquals((await client.receive()).fields.get("connection"), "close");
+    }
+    await client.end();
+    client[Symbol.dispose]();
+    assertEquals(await ended, { code: 0, stderr: "" });
+  }
+});
+
 Deno.test(
   "The command line says what it waits for, and does not wait after a second signal",
   { ignore: ON_WINDOWS },
