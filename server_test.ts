@@ -2516,6 +2516,15 @@ for (const [says, tree, label] of NEIGHBOURS) {
   });
 }
 
+Deno.test("neighbourHints() are looked for again after ten seconds", async () => {
+  await using server = await serveTree({ "f/a.txt": GBK_YOU, "f/b.txt": GBK_YOU, "f/c.txt": GBK_YOU });
+  const labelOf = async (name: string) => (await ask(server, get(`/f/${name}`))).fields.get("content-type");
+  assertEquals(await labelOf("a.txt"), "text/plain");
+  await Deno.writeFile(`${server.path}/f/page.html`, bytesOf(html("gbk", GBK_YOU)));
+  assertEquals(await later(9_000, () => labelOf("b.txt")), "text/plain");
+  assertEquals(await later(10_500, () => labelOf("c.txt")), "text/plain;charset=gbk");
+});
+
 /** What `?bom=1` puts before text. */
 const MARKED: readonly [says: string, target: string, label: string, bytes: string][] = [
   ["UTF-8", "/a.txt?bom=1", "text/plain;charset=utf-8", "\xef\xbb\xbf" + YOU],
@@ -3008,6 +3017,32 @@ for (const [says, query, charset] of LARGE) {
     );
   });
 }
+
+for (const stored of ["utf-16be", "iso-2022-jp"]) {
+  Deno.test(`streamConverted() reads large files in ${stored}`, async () => {
+    const start = stored === "utf-16be" ? "\ufeff" : `<meta charset=${stored}>`,
+      content = encode(start + LONG_TEXT, stored);
+    await using server = await serveTree({ "a.html": content });
+    const expected = new TextDecoder(stored).decode(content).replace(stored, "utf-8"),
+      bytes = encode(expected, "utf-8");
+    for (let i = 0; i < 2; i++) {
+      const reply = await ask(server, get("/a.html?charset=utf-8"));
+      assert(textOf(reply) === expected, "the same text");
+    }
+    const part = await ask(server, get("/a.html?charset=utf-8", "Range: bytes=1048570-1048590"));
+    assertEquals([part.status, part.content], [206, bytes.slice(1_048_570, 1_048_591)]);
+  });
+}
+
+Deno.test("select() compresses files of one mebibyte, and none that are larger", async () => {
+  const size = 2 ** 20;
+  await using server = await serveTree({ "a.css": "x".repeat(size), "b.css": "x".repeat(size + 1) });
+  for (const [target, coding] of [["/a.css", "gzip"], ["/b.css", undefined]] as const) {
+    const reply = await getAndHead(server, target, "Accept-Encoding: gzip");
+    assertEquals(reply.fields.get("content-encoding"), coding);
+    assertEquals((await decompressed(reply)).length, target === "/a.css" ? size : size + 1);
+  }
+});
 
 Deno.test("streamFile() ends the connection when a file shrinks", async () => {
   await using server = await serveTree({ "a.bin": "" });
