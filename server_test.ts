@@ -454,9 +454,10 @@ const CONNECTIONS: readonly [says: string, ServeOptions, (client: Client, server
   }],
   ["says 503 to content that there is no memory for", { maxBody: 2 ** 30 }, async (client, server) => {
     await client.send(framed("", `Content-Length: ${2 ** 30}`));
-    let answered = false;
+    let answered = false, mebibytes = 0;
     const reply = client.receive().finally(() => answered = true), piece = new Uint8Array(2 ** 20);
-    while (!answered) await client.conn.write(piece).catch(() => delay(1));
+    for (; !answered; mebibytes++) await writeAll(client.conn, piece).catch(() => delay(1));
+    assert(mebibytes > 16 && mebibytes < 160, `${mebibytes} MiB were taken`);
     assertEquals([(await reply).status, (await reply).fields.get("retry-after")], [503, "1"]);
     client[Symbol.dispose]();
     // What was taken is given back.
@@ -6510,6 +6511,11 @@ interface Diagnosed {
   readonly text: string;
   readonly lost: number;
   readonly note?: string;
+}
+
+/** Sends all of these bytes. */
+async function writeAll(conn: Deno.Conn, bytes: Uint8Array): Promise<void> {
+  for (let sent = 0; sent < bytes.length;) sent += await conn.write(bytes.subarray(sent));
 }
 
 /** What comes, unparsed. */

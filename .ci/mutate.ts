@@ -107,6 +107,21 @@ const EQUIVALENT: readonly (readonly [change: string, reason: string])[] = [
   ],
   ['const tag = state.map((number) => (number ?? 0).toString(⟦36 → 35⟧)).join("-");', "another spelling of a tag"],
   ["#readySize = ⟦0 → 1⟧;", "a byte sooner, how answers are gathered shows nowhere"],
+  [
+    "this.#sweeper = setInterval(() => this.#sweep(), Math.max(10, Math.min(1000, Math.min(head, idle) / 4)));",
+    "a wait ends a little sooner or later",
+  ],
+  ["if (now ⟦> → >=⟧ this.#drainDeadline) return this.#cutOff();", "a fraction of a millisecond"],
+  ["if (now ⟦> → >=⟧ connection.deadline) connection.expire();", "a fraction of a millisecond"],
+  [
+    "else if (now ⟦> → >=⟧ this.#idleDeadline && connection.isIdle) connection[Symbol.dispose]();",
+    "a fraction of a millisecond",
+  ],
+  ["#lifetime = ⟦0 → 1⟧;", "the first look is taken anyway"],
+  ['#waiting: Waiting = ⟦"request" → ""⟧;', "it waits for something before anybody looks"],
+  ["#received = ⟦0 → 1⟧;", "a millisecond more to send content in"],
+  ["this.#held = ⟦0 → 1⟧;", "nobody looks any more"],
+  ["let contentInMemory = ⟦0 → 1⟧;", "a byte less for all content"],
   // Any other length of a digest does as well.
   ["return new Uint8Array(digest).subarray(0, ⟦12 → 13⟧).toHex();", "a longer tag"],
   ["return new Uint8Array(digest).subarray(0, ⟦12 → 11⟧).toHex();", "a shorter tag"],
