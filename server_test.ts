@@ -41,7 +41,7 @@ Deno.test("serve() refuses a port in use", async () => {
   assertThrows(() => serve({ port: (server.addr as Deno.NetAddr).port }), Deno.errors.AddrInUse);
 });
 
-Deno.test("openRoot() refuses a fallback that is not there", async () => {
+Deno.test("serve() refuses a fallback that is not there", async () => {
   await using tree = await plant(SITE);
   assertThrows(() => serve({ port: 0, root: `${tree.path}/site`, fallback: "nowhere.html" }), Deno.errors.NotFound);
 });
@@ -954,7 +954,7 @@ const CLIENTS: readonly [says: string, trustProxy: boolean, fields: string[], cl
 ];
 
 for (const [says, trustProxy, fields, client] of CLIENTS) {
-  Deno.test(`clientOf() is ${says}: ${client}`, async () => {
+  Deno.test(`The client is ${says}: ${client}`, async () => {
     const routes: Route[] = [[/^/, ({ remote }) => remote]];
     let log = "";
     {
@@ -2435,7 +2435,7 @@ const STORED: readonly [says: string, name: string, stored: string, label: strin
 ];
 
 for (const [says, name, stored, label, options] of STORED) {
-  Deno.test(`storedCharset() finds ${says}: ${label}`, async () => {
+  Deno.test(`A file is labelled with ${says}: ${label}`, async () => {
     await using server = await serveTree({ [name]: stored }, options);
     const reply = await getAndHead(server, `/${name}`);
     assertEquals(reply.fields.get("content-type"), label);
@@ -2635,7 +2635,7 @@ const CODED_FILES: readonly [
 ];
 
 for (const [says, target, accept, coding, content] of CODED_FILES) {
-  Deno.test(`selectCoding() finds ${says}: ${target}`, async () => {
+  Deno.test(`A client gets ${says}: ${target}`, async () => {
     await using server = await serveTree(SIDECARS);
     const fields = accept === undefined ? [] : [`Accept-Encoding: ${accept}`];
     const reply = await getAndHead(server, target, ...fields);
@@ -2655,7 +2655,7 @@ const MEDIA_OF: Readonly<Record<string, string>> = {
   ".wasm": "application/wasm",
 };
 
-Deno.test("selectCoding() says that codings matter, of what has a compressed one beside it and is sent as it is", async () => {
+Deno.test("Vary says that codings matter, of what has a compressed one beside it and is sent as it is", async () => {
   await using server = await serveTree(SIDECARS);
   for (const target of ["/game.data", "/b.png", "/a.css", "/short.css"]) {
     for (const fields of [[], ["Accept-Encoding: br"]]) {
@@ -2705,14 +2705,14 @@ Deno.test("describeVariant() tags each representation of a file, and of those be
   }
 });
 
-Deno.test("selectCoding() leaves a stale gzip aside", async () => {
+Deno.test("A stale gzip beside a file is left aside", async () => {
   await using server = await serveTree(SIDECARS);
   const lately = new Date(Date.now() - 2000);
   await Deno.utime(`${server.path}/a.css`, lately, lately);
   assertEquals(textOf(await getAndHead(server, "/a.css", "Accept-Encoding: gzip")), "plain");
 });
 
-Deno.test("selectCoding() follows no link out of ROOT", { ignore: ON_WINDOWS }, async () => {
+Deno.test("A gzip beside a file that is a link out of ROOT is left aside", { ignore: ON_WINDOWS }, async () => {
   await using server = await serveTree({ "secret.gz": "secret", "site/a.css": "plain" }, { root: "site" });
   await Deno.symlink(`${server.path}/secret.gz`, `${server.path}/site/a.css.gz`);
   assertEquals(textOf(await getAndHead(server, "/a.css", "Accept-Encoding: gzip")), "plain");
@@ -2725,7 +2725,7 @@ const CHANGES: readonly [says: string, content: string | undefined, status: numb
 ];
 
 for (const [says, content, status] of CHANGES) {
-  Deno.test(`freshness() soon sees ${says}`, async () => {
+  Deno.test(`The server soon sees ${says}`, async () => {
     await using server = await serveTree({ "a.txt": "old" });
     using client = await Client.connect(server);
     const read = async () => {
@@ -3432,7 +3432,7 @@ for (const [encoding, bytes] of Object.entries(UNICODE_BYTES)) {
 }
 
 /** What is read back as it was written: characters that have a sequence of their own. */
-const READABLE: Readonly<Record<string, string>> = {
+const ROUND_TRIPS: Readonly<Record<string, string>> = {
   gbk: "你好€丂",
   gb18030: "你好€😀é\u{10ffff}",
   big5: "您好€兀嗀",
@@ -3450,7 +3450,7 @@ const READABLE: Readonly<Record<string, string>> = {
   "x-user-defined": "\uf780\uf7ff",
 };
 
-for (const [encoding, text] of Object.entries(READABLE)) {
+for (const [encoding, text] of Object.entries(ROUND_TRIPS)) {
   Deno.test(`encode() writes ${encoding} that is read back`, () => {
     const bytes = encode(text, encoding, "fatal");
     assertEquals(new TextDecoder(encoding, { fatal: true }).decode(bytes), text);
@@ -4092,7 +4092,7 @@ const MEDIA: readonly [name: string, label: string][] = [
 ];
 
 for (const [name, label] of MEDIA) {
-  Deno.test(`mediaTypeOf() ${name}: ${label}`, async () => {
+  Deno.test(`The type of ${name} is ${label}`, async () => {
     await using server = await serveTree({ [name]: "a" });
     assertEquals((await getAndHead(server, `/${name}`)).fields.get("content-type"), label);
   });
