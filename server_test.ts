@@ -2984,6 +2984,59 @@ Deno.test("streamFile() sends a large file to its end, or breaks off, whatever b
   }
 });
 
+/**
+ * A program that asks for files before and after a file did not open, as when a pipe has taken its place: from then on
+ * they are opened in another way. The program's argument is the folder. It prints what differs.
+ */
+const AFTER_A_PIPE = `
+import { serve } from ${JSON.stringify(new URL("./server.ts", import.meta.url).href)};
+const [root] = Deno.args, { open } = Deno, { setTimeout } = globalThis;
+const asked = [["/a.txt"], ["/large.bin"], ["/large.bin", { range: "bytes=700000-1900000" }], ["/large.txt?charset=utf-16le"],
+  ["/a.txt", { range: "bytes=1-1" }], ["/nowhere"], ["/", { accept: "application/json" }], ["/?q=second&text=1", { accept: "application/json" }]];
+async function answers() {
+  await using server = serve({ root, port: 0 });
+  const found = [];
+  for (const [target, headers = {}] of asked) {
+    const reply = await fetch(\`http://localhost:\${server.addr.port}\${target}\`, { headers });
+    const digest = await crypto.subtle.digest("SHA-256", await reply.bytes());
+    found.push([target, reply.status, reply.headers.get("etag"), new Uint8Array(digest).toHex()].join(" "));
+  }
+  return found;
+}
+const { now } = Date;
+Date.now = () => now() + ${RESTED};
+const before = await answers();
+let opened = 0;
+Deno.open = () => (opened++, new Promise(() => {}));
+globalThis.setTimeout = (then, time, ...rest) => setTimeout(then, time === 2000 ? 20 : time, ...rest);
+const after = [await answers(), await answers()].flat();
+console.log(JSON.stringify({ opened, before, after }));
+Deno.exit(0);
+`;
+
+Deno.test("openNow() gives the same once a file did not open", { ignore: ON_WINDOWS }, async () => {
+  await using tree = await plant({
+    "a.txt": "first\nsecond",
+    "large.bin": Uint8Array.from({ length: 2_000_000 }, (_, i) => i % 251),
+    "large.txt": encode("你好, second\n".repeat(100_000), "utf-8"),
+  });
+  const args = ["run", "-A", "--no-check", "--ext=js", "-", tree.path];
+  const child = new Deno.Command(Deno.execPath(), { args, stdin: "piped", stdout: "piped" }).spawn();
+  await new Blob([AFTER_A_PIPE]).stream().pipeTo(child.stdin);
+  const { opened, before, after } = JSON.parse(new TextDecoder().decode((await child.output()).stdout));
+  assertEquals(before.map((line: string) => line.split(" ")[1]), [
+    "200",
+    "200",
+    "206",
+    "200",
+    "206",
+    "404",
+    "200",
+    "200",
+  ]);
+  assertEquals([opened, after], [1, [...before, ...before]]);
+});
+
 /** More than is kept in memory, and no piece of which ends where a character does. */
 const LONG_TEXT = "<p>\u4f60\u597d\u3042\u0416, a" + "\u4f60\u597d\u3042\u0416, ab\n".repeat(200_000);
 
