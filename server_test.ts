@@ -1169,6 +1169,16 @@ const CONTENTS: readonly [says: string, type: string, content: string, form: boo
     ["a form", "application/x-www-form-urlencoded", "t=%E4%BD%A0+1", true, 200, "你 1"],
     ["a form in the charset in force", "application/x-www-form-urlencoded;charset=x", "t=%A4%A2", true, 200, "あ"],
     ["a form in its own charset", "application/x-www-form-urlencoded", "_charset_=gbk&t=%C4%E3", true, 200, "你"],
+    [
+      "text without a type as plain text",
+      "",
+      "<meta charset=gbk>\xa4\xa2\xff",
+      false,
+      200,
+      "<meta charset=gbk>あ\ufffd",
+    ],
+    ["no form without a type", "", "t=1", true, 415],
+    ["a form in capitals", "Application/X-WWW-Form-URLencoded", "t=1", true, 200, "1"],
     ["another type as a form", "text/plain", "t=1", true, 415],
     ["a type that only begins like a form", "application/x-www-form-urlencoded2", "t=1", true, 415],
   ];
@@ -1180,7 +1190,7 @@ for (const [says, type, content, form, status, text] of CONTENTS) {
       body: form ? (await incoming.form()).get("t") ?? "" : await incoming.text(),
     });
     await using server = serveEcho({ charset: "euc-jp", routes: [[/^/, read, ["POST"]]] });
-    const reply = await ask(server, post("/", content, `Content-Type: ${type}`));
+    const reply = await ask(server, post("/", content, ...(type === "" ? [] : [`Content-Type: ${type}`])));
     assertEquals(reply.status, status);
     if (text !== undefined) assertEquals(textOf(reply), text);
   });
@@ -1771,6 +1781,7 @@ for (const [age, lifetime] of LIFETIMES) {
     };
     try {
       assert(await looksAt(0), "a first look");
+      assertEquals(await looksAt(0), lifetime === 0, "another at the same time");
       if (lifetime > 0) assert(!await looksAt(lifetime - 20), "none before");
       assert(await looksAt(lifetime + 20), "one after");
       assert(await looksAt(-1), "a clock that went back");

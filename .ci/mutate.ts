@@ -122,6 +122,13 @@ const EQUIVALENT: readonly (readonly [change: string, reason: string])[] = [
   ["#received = ⟦0 → 1⟧;", "a millisecond more to send content in"],
   ["this.#held = ⟦0 → 1⟧;", "nobody looks any more"],
   ["let contentInMemory = ⟦0 → 1⟧;", "a byte less for all content"],
+  // Every file has its times, where tests run.
+  ["const times = [mtime?.getTime() ?? ⟦0 → 1⟧, ctime?.getTime() ?? 0];", "there is a time"],
+  ["const times = [mtime?.getTime() ?? 0, ctime?.getTime() ?? ⟦0 → 1⟧];", "there is a time"],
+  ["return Math.max(⟦0 → 1⟧, ...times.filter((time) => time <= now));", "a millisecond of 1970"],
+  ["const second = (time: Date | null) => Math.trunc((time?.getTime() ?? ⟦0 → 1⟧) / 1000);", "there is a time"],
+  ['const tag = state.map((number) => (number ?? ⟦0 → 1⟧).toString(36)).join("-");', "there is a number"],
+  ["const time = Math.min(info.mtime?.getTime() ?? ⟦0 → 1⟧, now);", "there is a time"],
   // Any other length of a digest does as well.
   ["return new Uint8Array(digest).subarray(0, ⟦12 → 13⟧).toHex();", "a longer tag"],
   ["return new Uint8Array(digest).subarray(0, ⟦12 → 11⟧).toHex();", "a shorter tag"],
