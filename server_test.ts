@@ -4880,18 +4880,17 @@ const LONG_SEARCH: Tree = {
 Deno.test("searchPieces() tells results while it searches, and ends when nobody listens", async () => {
   await using server = await serveTree(LONG_SEARCH);
   const slow = () => Client.connect(server);
-  const clients = await Promise.all([slow(), slow()]), pieces: string[] = [];
-  for (const client of clients) await client.send(get("/?q=needle&text=1"));
-  for (const client of clients) {
+  const clients = await Promise.all([slow(), slow()]);
+  await Promise.all(clients.map(async (client) => {
+    await client.send(get("/?q=needle&text=1"));
     let text = "";
     while (!text.includes("<mark>needle</mark>")) {
       const piece = new Uint8Array(65536);
       text += latin1(piece.subarray(0, (await client.conn.read(piece))!));
     }
-    pieces.push(text);
     assert(!text.includes("</html>"), "there is more to come");
     client[Symbol.dispose]();
-  }
+  }));
   // Another one waits for its turn, which it gets.
   assertEquals((await search(server, "needle")).length, 1);
 });
