@@ -3067,10 +3067,17 @@ for (const [says, query, charset] of LARGE) {
     // What the charset lacks came as a character reference.
     assert(textOf(reply) === new TextDecoder(charset).decode(encode(declared(charset), charset)), "the same text");
     const size = reply.content.length, etag = reply.fields.get("etag");
-    for (const [start, end] of [[0, 9], [size - 5, size - 1], [1_048_570, 1_048_590], [131_071, 400_001]] as const) {
+    for (
+      const [start, end] of [[0, 9], [size - 5, size - 1], [1_048_570, 1_048_590], [131_071, 400_001], [9, 9]] as const
+    ) {
       const part = await ask(server, get(target, `Range: bytes=${start}-${end}`, `If-Range: ${etag}`));
       assertEquals([part.status, part.fields.get("content-range")], [206, `bytes ${start}-${end}/${size}`]);
       assert(hex(part.content) === hex(reply.content.subarray(start, end + 1)), "the same bytes");
+    }
+    // Each byte by itself around places where pieces may end.
+    for (const start of [0, 65_535, 65_536, size - 1]) {
+      const byte = await ask(server, get(target, `Range: bytes=${start}-${start}`));
+      assertEquals([byte.status, byte.content], [206, reply.content.slice(start, start + 1)]);
     }
     const parts = await ask(server, get(target, "Range: bytes=5-9,1048570-1048590", `If-Range: ${etag}`));
     assertEquals(
@@ -3696,6 +3703,8 @@ const MEANT: readonly [typed: string, label: string | undefined][] = [
   ["g", undefined],
   ["klingon", undefined],
   ["x".repeat(41), undefined],
+  ["big55", undefined],
+  ["big6", "big5"],
 ];
 
 for (const [typed, label] of MEANT) {
@@ -3911,6 +3920,8 @@ const PROVEN: readonly [says: string, bytes: string, charset: string | undefined
   ["leads that are too low", "\xc1\x80".repeat(5) + "\x80", undefined],
   ["leads that are too high", "\xf5\x80\x80\x80".repeat(5) + "\x80", undefined],
   ["a bad byte alone", "a\x80", undefined],
+  ["escape sequences, whatever stands behind 64 KiB", `\x1b$B$"\x1b(B${"a".repeat(65_528)}\xe9`, "iso-2022-jp"],
+  ["escape sequences beside another byte at the end of 64 KiB", `\x1b$B$"\x1b(B${"a".repeat(65_527)}\xe9`, undefined],
 ];
 
 for (const [says, bytes, charset] of PROVEN) {
@@ -4034,6 +4045,7 @@ const EXPLAINED: readonly [garbled: string, explanations: string[]][] = [
       "疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽疽 (utf-16le read as utf-8, then euc-jp read as big5)",
     ],
   ],
+  ["%D0%9F%D1", ["ذںر (percent-encoding of URLs)"]],
 ];
 
 for (const [garbled, explanations] of EXPLAINED) {
@@ -5623,6 +5635,12 @@ for (const [says, bytes, expected] of DETECTED) {
     assertMatch(lines[0]!, expected);
   });
 }
+
+Deno.test("Log notes nothing of files that do not say their charset, if it notes nothing", async () => {
+  await using tree = await plant({ "a.txt": DETECTED[0]![1] });
+  const { log } = await logging({ root: tree.path, routes: [], log: "none" }, (server) => getAndHead(server, "/a.txt"));
+  assertEquals(log, "");
+});
 
 Deno.test("Log counts what it drops while nobody takes it", async () => {
   const taken = Promise.withResolvers<void>(), long = "x".repeat(8000);
