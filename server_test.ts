@@ -3871,6 +3871,31 @@ const READINGS: readonly [charset: string, text: string, readings: string][] = [
     "DEBUG=0 # включать только при отладке",
     "koi8-r 0.8, koi8-u 0.2, shift_jis 0, ibm866 0, windows-1251 0, gbk 0, windows-1256 0, windows-1253 0",
   ],
+  [
+    "windows-1258",
+    "Viê\u0323t Nam",
+    "windows-1258 0.999, windows-1257 0.001, windows-1250 0, iso-8859-2 0, windows-1252 0, windows-1256 0, iso-8859-15 0, windows-1251 0",
+  ],
+  [
+    "big5",
+    "魑魅魍魎",
+    "big5 1, gbk 0, windows-1251 0, windows-1253 0, iso-8859-7 0, windows-1252 0, iso-8859-5 0, iso-8859-15 0",
+  ],
+  [
+    "windows-1252",
+    "“q” – …",
+    "windows-1252 0.617, windows-1250 0.2, windows-1256 0.154, windows-1258 0.027, windows-1251 0.001, windows-1253 0, windows-1254 0, windows-1257 0",
+  ],
+  [
+    "windows-1251",
+    "«Слово»",
+    "windows-1251 1, windows-1255 0, windows-1253 0, iso-8859-7 0, windows-874 0, x-mac-cyrillic 0, iso-8859-5 0, windows-1252 0",
+  ],
+  [
+    "shift_jis",
+    "！？「」",
+    "shift_jis 1, macintosh 0, euc-kr 0, gbk 0, ibm866 0, x-mac-cyrillic 0, windows-1251 0, koi8-r 0",
+  ],
 ];
 
 for (const [charset, text, readings] of READINGS) {

@@ -122,6 +122,14 @@ const EQUIVALENT: readonly (readonly [change: string, reason: string])[] = [
   ["#received = ⟦0 → 1⟧;", "a millisecond more to send content in"],
   ["this.#held = ⟦0 → 1⟧;", "nobody looks any more"],
   ["let contentInMemory = ⟦0 → 1⟧;", "a byte less for all content"],
+  [
+    "for (let turn = 0, seen = -⟦1 → 2⟧; turn < BACKLOG_TURNS && seen !== this.#accepted; turn++) {",
+    "any number below 0 will do",
+  ],
+  [
+    "while (valueEnd ⟦> → >=⟧ valueStart && (CLASSES[bytes[valueEnd - 1]!]! & IN_SPACE) !== 0) valueEnd--;",
+    "what ends before it begins is empty, too",
+  ],
   // Every file has its times, where tests run.
   ["const times = [mtime?.getTime() ?? ⟦0 → 1⟧, ctime?.getTime() ?? 0];", "there is a time"],
   ["const times = [mtime?.getTime() ?? 0, ctime?.getTime() ?? ⟦0 → 1⟧];", "there is a time"],
