@@ -4962,28 +4962,34 @@ Deno.test("searchPieces() ends with the connection in HTTP/1.0, and sends the sa
   assertEquals(JSON.parse(textOf(reply)).length, SENTENCES.length - 1);
 });
 
-/** So much text that it takes a while to look at it. */
+/** So many files that it takes a while to look at them. */
 const LONG_SEARCH: Tree = {
   "a.txt": "needle",
-  ...Object.fromEntries(Array.from({ length: 60 }, (_, i) => [`${i}/b.txt`, new Uint8Array(1024 * 1024).fill(0x78)])),
+  ...Object.fromEntries(Array.from({ length: 60 }, (_, i) => [`${i}/b.txt`, "x"])),
 };
 
 Deno.test("searchPieces() tells results while it searches, and ends when nobody listens", async () => {
   await using server = await serveTree(LONG_SEARCH);
-  const slow = () => Client.connect(server);
-  const clients = await Promise.all([slow(), slow()]);
-  await Promise.all(clients.map(async (client) => {
-    await client.send(get("/?q=needle&text=1"));
-    let text = "";
-    while (!text.includes("<mark>needle</mark>")) {
-      const piece = new Uint8Array(65536);
-      text += latin1(piece.subarray(0, (await client.conn.read(piece))!));
-    }
-    assert(!text.includes("</html>"), "there is more to come");
-    client[Symbol.dispose]();
-  }));
-  // Another one waits for its turn, which it gets.
-  assertEquals((await search(server, "needle")).length, 1);
+  // Each file takes its time to open.
+  const slowly = (open: (...args: unknown[]) => unknown) => async (...args: unknown[]) => {
+    await delay(3);
+    return await open(...args);
+  };
+  await instead("open", slowly, async () => {
+    const clients = await Promise.all([Client.connect(server), Client.connect(server)]);
+    await Promise.all(clients.map(async (client) => {
+      await client.send(get("/?q=needle&text=1"));
+      let text = "";
+      while (!text.includes("<mark>needle</mark>")) {
+        const piece = new Uint8Array(65536);
+        text += latin1(piece.subarray(0, (await client.conn.read(piece))!));
+      }
+      assert(!text.includes("</html>"), "there is more to come");
+      client[Symbol.dispose]();
+    }));
+    // Another one waits for its turn, which it gets.
+    assertEquals((await search(server, "needle")).length, 1);
+  });
 });
 
 // ── The lab ─────────────────────────────────────────────────────────────────────────────────────

@@ -26,8 +26,6 @@ const EQUIVALENT: readonly (readonly [change: string, reason: string])[] = [
   ["const SLAB_SIZE = 32 * 1024;", "how buffers are cut shows nowhere"],
   ["const BUFFER_SIZE = 4 * 1024;", "it grows when more is needed"],
   ["const READY_LIMIT = 64 * 1024;", "how answers are gathered shows nowhere"],
-  ["const TURNS = 64;", "how many take turns shows nowhere"],
-  ["const TURN_TIME = 5;", "others go on sooner or later"],
   ["const REPEATABLE_LIMIT = 4 * 1024;", "what is not kept is made again"],
   ["const CHUNKED_AT_ONCE = 16 * 1024;", "how many chunks share a write shows nowhere"],
   ["const PIECE_SIZE = 256 * 1024, CONVERTED_PIECE = 64 * 1024;", "how files are cut to be read shows nowhere"],
@@ -36,7 +34,6 @@ const EQUIVALENT: readonly (readonly [change: string, reason: string])[] = [
   ["const PLACE_SIZE = 4096;", "an estimate"],
   ["const LISTING_SLICE = 500;", "others get their turn sooner or later"],
   ["const WORK_TIME = 8;", "others get their turn sooner or later"],
-  ["const REMEMBERED = 256;", "what is not remembered is made again"],
   ["const LOG_INTERVAL = 50;", "lines are written sooner or later"],
   ["const LETTERS = ⟦1024 → 8192⟧;", "more room than is needed"],
   ["writer.reserve(⟦3 → 4⟧, 0);", "room for one byte more than is written"],
@@ -46,10 +43,6 @@ const EQUIVALENT: readonly (readonly [change: string, reason: string])[] = [
   [
     "const step = Math.max(1, Math.⟦trunc → ceil⟧(CHUNKED_AT_ONCE / size)) * size;",
     "how many chunks share a write shows nowhere",
-  ],
-  [
-    "while (this.#given ⟦< → <=⟧ TURNS && this.#next < this.#waiting.length) this.#waiting[this.#next++]!();",
-    "one connection more in a turn",
   ],
   ["if (at ⟦>= → >⟧ end) return;", "one piece more is converted, and none of it is sent"],
   [
@@ -67,10 +60,6 @@ const EQUIVALENT: readonly (readonly [change: string, reason: string])[] = [
   ["const codePoint = text.codePointAt(at)!, wide = codePoint ⟦> → >=⟧ 0xffff;", "no pair of bytes is U+FFFF"],
   ["const { units } = pairs(encoding, leads, range(⟦0x40 → 0x3f⟧, 0xfc));", "no pair has such a byte"],
   ["const { units } = pairs(encoding, leads, range(0x40, ⟦0xfc → 0xfd⟧));", "no pair has such a byte"],
-  [
-    "const NO_MARKS: Marks = MARKED_FIELDS.flatMap(() => [0, ⟦0 → 1⟧]), SEVERAL_LINES = -1;",
-    "the end of what is absent is not looked at",
-  ],
   ["for (const cost of costs) if (cost ⟦< → <=⟧ least) least = cost;", "it is as little"],
   [
     "for (let i = 0; i ⟦< → <=⟧ costs.length; i++) costs[i] = Math.min(costs[i]!, least + SWITCH * BIT);",
@@ -82,8 +71,8 @@ const EQUIVALENT: readonly (readonly [change: string, reason: string])[] = [
     "const unit = i < text.length ? text.charCodeAt(i) : ⟦0x0a → 0x9⟧, number = numbers[unit]!;",
     "another white space that costs as much",
   ],
-  ["const other = { encoding, part: -⟦1 → 0⟧, rarity: 5, languages: everyLanguage };", "its part is not asked for"],
-  ["const other = { encoding, part: -⟦1 → 2⟧, rarity: 5, languages: everyLanguage };", "its part is not asked for"],
+  ["const other = { encoding, region: -⟦1 → 0⟧, rarity: 5, languages: everyLanguage };", "its region is not asked for"],
+  ["const other = { encoding, region: -⟦1 → 2⟧, rarity: 5, languages: everyLanguage };", "its region is not asked for"],
   [
     "for (let i = 0; i ⟦< → <=⟧ head.length; i++) if (head[i] === 0) zeros[i & 1 ? 1 : 0]++;",
     "behind the end there is no 0",
@@ -98,7 +87,7 @@ const EQUIVALENT: readonly (readonly [change: string, reason: string])[] = [
     "an interim answer is written elsewhere",
   ],
   [
-    "const decoder = new TextDecoder(stored), carry: Carry = { state: ASCII, isLast: ⟦false → true⟧ };",
+    "const carry: Carry = { state: ASCII, isLast: ⟦false → true⟧ };",
     "it is set for each piece",
   ],
   [
@@ -120,7 +109,7 @@ const EQUIVALENT: readonly (readonly [change: string, reason: string])[] = [
   ["#lifetime = ⟦0 → 1⟧;", "the first look is taken anyway"],
   ['#waiting: Waiting = ⟦"request" → ""⟧;', "it waits for something before anybody looks"],
   ["#received = ⟦0 → 1⟧;", "a millisecond more to send content in"],
-  ["this.#held = ⟦0 → 1⟧;", "nobody looks any more"],
+  ["this.#reserved = ⟦0 → 1⟧;", "nobody looks any more"],
   ["let contentInMemory = ⟦0 → 1⟧;", "a byte less for all content"],
   [
     "for (let turn = 0, seen = -⟦1 → 2⟧; turn < BACKLOG_TURNS && seen !== this.#accepted; turn++) {",
