@@ -127,6 +127,10 @@ const EQUIVALENT: readonly (readonly [change: string, reason: string])[] = [
     "while (valueEnd ⟦> → >=⟧ valueStart && (CLASSES[bytes[valueEnd - 1]!]! & IN_SPACE) !== 0) valueEnd--;",
     "what ends before it begins is empty, too",
   ],
+  [
+    "for (let count; length ⟦< → <=⟧ buffer.length && (count = readSome(buffer.subarray(length))) > 0;) length += count;",
+    "nothing is read into an empty rest",
+  ],
   // Every file has its times, where tests run.
   ["const times = [mtime?.getTime() ?? ⟦0 → 1⟧, ctime?.getTime() ?? 0];", "there is a time"],
   ["const times = [mtime?.getTime() ?? 0, ctime?.getTime() ?? ⟦0 → 1⟧];", "there is a time"],
