@@ -3259,6 +3259,21 @@ for (const [says, fields, status] of PRECONDITIONS) {
   });
 }
 
+Deno.test("isPast() lets no date stand for a file in the second that it is modified in", async () => {
+  await using server = await serveTree({ "a.txt": "abc" });
+  const { now } = Date, statuses: number[] = [];
+  for (const time of [0, 999, 1000]) {
+    Date.now = () => TIME.getTime() + time;
+    const asked = [`If-Modified-Since: ${TIME_TEXT}`, `Range: bytes=0-1\r\nIf-Range: ${TIME_TEXT}`];
+    try {
+      for (const field of asked) statuses.push((await ask(server, get("/a.txt", field))).status);
+    } finally {
+      Date.now = now;
+    }
+  }
+  assertEquals(statuses, [200, 200, 200, 200, 304, 206]);
+});
+
 const ALPHABET = "abcdefghijklmnopqrstuvwxyz";
 
 /** What is asked for, and the first and last byte of each part that comes; nothing is the whole. */
