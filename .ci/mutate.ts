@@ -105,7 +105,7 @@ const EQUIVALENT: readonly (readonly [change: string, reason: string])[] = [
   ['const tag = state.map((number) => (number ?? 0).toString(⟦36 → 35⟧)).join("-");', "another spelling of a tag"],
   ["#readySize = ⟦0 → 1⟧;", "a byte sooner, how answers are gathered shows nowhere"],
   [
-    "this.#sweeper = setInterval(() => this.#sweep(), Math.max(10, Math.min(1000, Math.min(head, idle) / 4)));",
+    "this.#sweepAfter(this.#interval = Math.max(10, Math.min(1000, Math.min(head, idle) / 4)));",
     "a wait ends a little sooner or later",
   ],
   ["if (now ⟦> → >=⟧ this.#drainDeadline) return this.#cutOff();", "a fraction of a millisecond"],
