@@ -17,28 +17,145 @@
 
 import * as nodeModule from "node:module";
 
-/** Changes that make no difference, as they are printed, and why. They are not made. */
+/**
+ * Changes that make no difference, as they are printed, and why. They are not made. A line without brackets stands for
+ * all changes of it.
+ */
 const EQUIVALENT: readonly (readonly [change: string, reason: string])[] = [
-  ["const SLAB_SIZE = ⟦32 → 4⟧ * 1024;", "how buffers are cut shows nowhere"],
-  ["const SLAB_SIZE = ⟦32 → 256⟧ * 1024;", "how buffers are cut shows nowhere"],
-  ["const SLAB_SIZE = 32 * ⟦1024 → 128⟧;", "how buffers are cut shows nowhere"],
-  ["const SLAB_SIZE = 32 * ⟦1024 → 8192⟧;", "how buffers are cut shows nowhere"],
+  // How much is done at once, and what is kept so as not to be made again: nobody gets anything else by it.
+  ["const SLAB_SIZE = 32 * 1024;", "how buffers are cut shows nowhere"],
+  ["const BUFFER_SIZE = 4 * 1024;", "it grows when more is needed"],
+  ["const READY_LIMIT = 64 * 1024;", "how answers are gathered shows nowhere"],
+  ["const REPEATABLE_LIMIT = 4 * 1024;", "what is not kept is made again"],
+  ["const CHUNKED_AT_ONCE = 16 * 1024;", "how many chunks share a write shows nowhere"],
+  ["const PIECE_SIZE = 256 * 1024, CONVERTED_PIECE = 64 * 1024;", "how files are cut to be read shows nowhere"],
+  ["const COMPRESSION_PIECE = 64 * 1024;", "how content is cut to be compressed shows nowhere"],
+  ["const HINTS_SIZE = 1024 * 1024;", "what is not kept is found again"],
+  ["const PLACE_SIZE = 4096;", "an estimate"],
+  ["const LISTING_SLICE = 500;", "others get their turn sooner or later"],
+  ["const WORK_TIME = 8;", "others get their turn sooner or later"],
+  ["const LOG_INTERVAL = 50;", "lines are written sooner or later"],
+  ["const LETTERS = ⟦1024 → 8192⟧;", "more room than is needed"],
   ["writer.reserve(⟦3 → 4⟧, 0);", "room for one byte more than is written"],
-  ["for (let unit = ⟦0 → 1⟧; unit < 0x80; unit++) repertoire.units[unit] = unit;", "the first one is 0 from the start"],
-  ["if (at ⟦>= → >⟧ end) return;", "one piece more is converted, and none of it is sent"],
+  ["const runs = runsOf(bytes), sample = new Uint8Array(SAMPLE + RUN + ⟦2 → 3⟧ * BESIDE);", "more room than is needed"],
+  ["⟦DECODERS.set(encoding, decoder); → ⟧", "what is not kept is made again"],
+  ["⟦LANGUAGES.set(code, language); → ⟧", "what is not kept is learnt again"],
   [
     "const step = Math.max(1, Math.⟦trunc → ceil⟧(CHUNKED_AT_ONCE / size)) * size;",
     "how many chunks share a write shows nowhere",
   ],
+  ["if (at ⟦>= → >⟧ end) return;", "one piece more is converted, and none of it is sent"],
   [
-    "while (this.#given ⟦< → <=⟧ TURNS && this.#next < this.#waiting.length) this.#waiting[this.#next++]!();",
-    "one connection more in a turn",
+    "⟦if (common + least > limit * BIT) return Infinity; → ⟧",
+    "what costs more than the limit is dropped by the caller, too",
   ],
   [
-    'const NO_EVIDENCE: Evidence = { key: "", places: new Cache(0), looks: [], since: 0, looked: ⟦0 → 1⟧, changed: 0 };',
-    "nobody looks at the time of what was never looked at",
+    "if (common + least ⟦> → >=⟧ limit * BIT) return Infinity;",
+    "what costs as much as the limit is dropped by the caller",
+  ],
+  // What is never used, or comes to the same.
+  ["for (let unit = ⟦0 → 1⟧; unit < 0x80; unit++) repertoire.units[unit] = unit;", "the first one is 0 from the start"],
+  ["for (let i = 0; i < ⟦39420 → 39421⟧; i++) pointers[text.charCodeAt(i)] = i + 1;", "there is no such character"],
+  ["for (let i = 0; i ⟦< → <=⟧ 39420; i++) pointers[text.charCodeAt(i)] = i + 1;", "there is no such character"],
+  ["const codePoint = text.codePointAt(at)!, wide = codePoint ⟦> → >=⟧ 0xffff;", "no pair of bytes is U+FFFF"],
+  ["const { units } = pairs(encoding, leads, range(⟦0x40 → 0x3f⟧, 0xfc));", "no pair has such a byte"],
+  ["const { units } = pairs(encoding, leads, range(0x40, ⟦0xfc → 0xfd⟧));", "no pair has such a byte"],
+  [
+    "codes.push(...range(first, last).flatMap((row) => range(0x40, ⟦0x7e → 0x7f⟧).flatMap((column) => [row, column])));",
+    "no pair has such a byte",
+  ],
+  [
+    "codes.push(...range(first, last).flatMap((row) => range(⟦0x40 → 0x3f⟧, 0x7e).flatMap((column) => [row, column])));",
+    "no pair has such a byte",
+  ],
+  ["for (const cost of costs) if (cost ⟦< → <=⟧ least) least = cost;", "it is as little"],
+  [
+    "for (let i = 0; i ⟦< → <=⟧ costs.length; i++) costs[i] = Math.min(costs[i]!, least + SWITCH * BIT);",
+    "nothing is written behind the end of an array",
+  ],
+  ["if (before ⟦> → >=⟧ 0) addLetter(costs, languages, before, 0);", "an edge behind an edge costs nothing"],
+  ["if (isLetter(kind)) addLetter(costs, languages, before, number || -⟦1 → 2⟧);", "any number below 0 will do"],
+  [
+    "const unit = i < text.length ? text.charCodeAt(i) : ⟦0x0a → 0x9⟧, number = numbers[unit]!;",
+    "another white space that costs as much",
+  ],
+  ["const other = { encoding, region: -⟦1 → 0⟧, rarity: 5, languages: everyLanguage };", "its region is not asked for"],
+  ["const other = { encoding, region: -⟦1 → 2⟧, rarity: 5, languages: everyLanguage };", "its region is not asked for"],
+  [
+    "for (let i = 0; i ⟦< → <=⟧ head.length; i++) if (head[i] === 0) zeros[i & 1 ? 1 : 0]++;",
+    "behind the end there is no 0",
+  ],
+  ['const kind = (goesOn ? 1 : 0) + minor * 2 + (method === "HEAD" ? ⟦4 → 5⟧ : 0);', "the kinds differ as much"],
+  [
+    '⟦100 → 99⟧: "Continue", 200: "OK", 201: "Created", 202: "Accepted", 204: "No Content", 205: "Reset Content",',
+    "an interim answer is written elsewhere",
+  ],
+  [
+    '⟦100 → 101⟧: "Continue", 200: "OK", 201: "Created", 202: "Accepted", 204: "No Content", 205: "Reset Content",',
+    "an interim answer is written elsewhere",
+  ],
+  [
+    "const carry: Carry = { state: ASCII, isLast: ⟦false → true⟧ };",
+    "it is set for each piece",
+  ],
+  [
+    "let workedSince = ⟦0 → 1⟧, workLine: Promise<unknown> = Promise.resolve(), workers = 0;",
+    "a millisecond of the start",
+  ],
+  ['const tag = state.map((number) => (number ?? 0).toString(⟦36 → 35⟧)).join("-");', "another spelling of a tag"],
+  ["#readySize = ⟦0 → 1⟧;", "a byte sooner, how answers are gathered shows nowhere"],
+  [
+    "this.#sweepAfter(this.#interval = Math.max(10, Math.min(1000, Math.min(head, idle) / 4)));",
+    "a wait ends a little sooner or later",
+  ],
+  ["if (now ⟦> → >=⟧ this.#drainDeadline) return this.#cutOff();", "a fraction of a millisecond"],
+  ["if (now ⟦> → >=⟧ connection.deadline) connection.expire();", "a fraction of a millisecond"],
+  [
+    "else if (now ⟦> → >=⟧ this.#idleDeadline && connection.isIdle) connection[Symbol.dispose]();",
+    "a fraction of a millisecond",
+  ],
+  ["#lifetime = ⟦0 → 1⟧;", "the first look is taken anyway"],
+  ['#waiting: Waiting = ⟦"request" → ""⟧;', "it waits for something before anybody looks"],
+  ["#received = ⟦0 → 1⟧;", "a millisecond more to send content in"],
+  ["this.#reserved = ⟦0 → 1⟧;", "nobody looks any more"],
+  ["let contentInMemory = ⟦0 → 1⟧;", "a byte less for all content"],
+  [
+    "for (let turn = 0, seen = -⟦1 → 2⟧; turn < BACKLOG_TURNS && seen !== this.#accepted; turn++) {",
+    "any number below 0 will do",
+  ],
+  [
+    "while (valueEnd ⟦> → >=⟧ valueStart && (CLASSES[bytes[valueEnd - 1]!]! & IN_SPACE) !== 0) valueEnd--;",
+    "what ends before it begins is empty, too",
+  ],
+  [
+    "for (let count; length ⟦< → <=⟧ buffer.length && (count = readSome(buffer.subarray(length))) > 0;) length += count;",
+    "nothing is read into an empty rest",
+  ],
+  ["const wide = (⟦0xff → 0x100⟧ - code) >>> 31;", "no pair is 0x100"],
+  [
+    'const conversion = isAsStored(variant) ? "" : `-${stored}.${encoding}${hasMark ? "+" : "."}${settings.unmappable[⟦0 → 1⟧]}`;',
+    "the second letters of the modes differ as well",
+  ],
+  // Every file has its times, where tests run.
+  ["const times = [mtime?.getTime() ?? ⟦0 → 1⟧, ctime?.getTime() ?? 0];", "there is a time"],
+  ["const times = [mtime?.getTime() ?? 0, ctime?.getTime() ?? ⟦0 → 1⟧];", "there is a time"],
+  ["return Math.max(⟦0 → 1⟧, ...times.filter((time) => time <= now));", "a millisecond of 1970"],
+  ["const second = (time: Date | null) => Math.trunc((time?.getTime() ?? ⟦0 → 1⟧) / 1000);", "there is a time"],
+  ['const tag = state.map((number) => (number ?? ⟦0 → 1⟧).toString(36)).join("-");', "there is a number"],
+  ["const time = Math.min(info.mtime?.getTime() ?? ⟦0 → 1⟧, now);", "there is a time"],
+  // Any other length of a digest does as well.
+  [
+    'return new Uint8Array(await crypto.subtle.digest("SHA-256", bytes)).subarray(0, ⟦12 → 13⟧).toHex();',
+    "a longer tag",
+  ],
+  [
+    'return new Uint8Array(await crypto.subtle.digest("SHA-256", bytes)).subarray(0, ⟦12 → 11⟧).toHex();',
+    "a shorter tag",
   ],
 ];
+
+/** Functions that only run where `@std/cli` is to be had: without it, nothing can notice a change of them. */
+const WITH_PACKAGE = ["splitByPackage", "attachValues"];
 
 // ── What can be changed ─────────────────────────────────────────────────────────────────────────
 // A token is changed into another one that could stand there. Comments, types, regular expressions and most texts are
@@ -245,6 +362,17 @@ function nameOf(source: string, { at, before, after }: Change): string {
   return `${source.slice(begin, at)}⟦${before} → ${after}⟧${source.slice(at + before.length, end)}`.trim();
 }
 
+/** The line of a change, as it is without it. */
+function textOf(source: string, { at }: Change): string {
+  return source.slice(source.lastIndexOf("\n", at - 1) + 1, source.indexOf("\n", at)).trim();
+}
+
+/** Name of the function at the top level that something stands in; empty if it stands in none. */
+function functionAt(source: string, at: number): string {
+  const begin = source.slice(0, at).match(/^(?:async )?function \w+|^}/gm)?.at(-1);
+  return /\w+$/.exec(begin ?? "")?.[0] ?? "";
+}
+
 const lineOf = (source: string, at: number) => source.slice(0, at).split("\n").length;
 
 /** The sections of a file, by their banners: the name of each, and its first line. */
@@ -368,7 +496,7 @@ class Workshop implements Disposable {
       timer = setTimeout(() => (isLate = true, killGroup(child.pid)), seconds * 1000);
     };
     watch();
-    const output = Promise.all([textOf(child.stdout, watch), textOf(child.stderr)]);
+    const output = Promise.all([readText(child.stdout, watch), readText(child.stderr)]);
     const { success } = await child.status;
     clearTimeout(timer);
     killGroup(child.pid);
@@ -388,7 +516,7 @@ class Workshop implements Disposable {
 }
 
 /** All of a stream; tells of each piece that comes. */
-async function textOf(stream: ReadableStream<Uint8Array>, onPiece = () => {}): Promise<string> {
+async function readText(stream: ReadableStream<Uint8Array>, onPiece = () => {}): Promise<string> {
   let text = "";
   for await (const piece of stream.pipeThrough(new TextDecoderStream())) {
     text += piece;
@@ -507,7 +635,7 @@ function choose(
   source: string,
   seed: number,
   count: number,
-  { only, wanted }: { only: string | undefined; wanted: string | undefined },
+  { only, wanted, hasPackages }: { only: string | undefined; wanted: string | undefined; hasPackages: boolean },
 ): Change[] {
   const sections = sectionsOf(source), equivalent = new Set(EQUIVALENT.map(([change]) => change));
   if (only !== undefined && !sections.some(({ name }) => name === only)) {
@@ -518,7 +646,8 @@ function choose(
     .filter((change) => only === undefined || sectionAt(sections, lineOf(source, change.at)) === only)
     .filter((change) => wanted === undefined || nameOf(source, change).includes(wanted))
     .filter(({ at }) => wanted !== undefined || !seen.has(at) && seen.add(at))
-    .filter((change) => !equivalent.has(nameOf(source, change)))
+    .filter((change) => !equivalent.has(nameOf(source, change)) && !equivalent.has(textOf(source, change)))
+    .filter(({ at }) => hasPackages || !WITH_PACKAGE.includes(functionAt(source, at)))
     .slice(0, count);
 }
 
@@ -528,12 +657,14 @@ async function main(): Promise<void> {
   const count = wanted === undefined ? Number(argument("count") ?? 40) : Infinity;
   const jobs = Number(argument("jobs") ?? navigator.hardwareConcurrency);
   const source = Deno.readTextFileSync(new URL("server.ts", project));
-  const changes = choose(source, seed, count, { only: argument("only"), wanted });
+  const isWithPackages = await hasPackages();
+  const changes = choose(source, seed, count, { only: argument("only"), wanted, hasPackages: isWithPackages });
   const show = (change: Change) => `${lineOf(source, change.at)}: ${nameOf(source, change)}`;
   console.log(`seed ${seed}, ${changes.length} of ${changesOf(source).length} changes`);
   if (Deno.args.includes("--list")) return console.log(changes.map(show).join("\n"));
 
-  using workshop = new Workshop(!await hasPackages());
+  if (!isWithPackages) console.log(`without @std/cli, no change of ${WITH_PACKAGE.join(" and ")} is made`);
+  using workshop = new Workshop(!isWithPackages);
   for (const signal of Deno.build.os === "windows" ? ["SIGINT"] as const : ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
     Deno.addSignalListener(signal, () => {
       workshop[Symbol.dispose]();
@@ -567,6 +698,7 @@ async function main(): Promise<void> {
 
 /** Whether the packages are in reach; if not, the tests use the stand-ins. */
 async function hasPackages(): Promise<boolean> {
+  if (Deno.env.get("JSR_URL")?.startsWith("file:")) return false; // These are the stand-ins.
   const args = ["run", "-q", "--allow-read", "--allow-env=JSR_URL", new URL(".ci/jsr/probe.ts", project).href];
   return (await new Deno.Command(Deno.execPath(), { args, stdout: "null", stderr: "null" }).output()).success;
 }
