@@ -6222,7 +6222,7 @@ const HOST = /^(?:[0-9A-Za-z\-._~!$&'()*+,;=%]+|\[[0-9A-Fa-f:.]+\])$/;
 
 // deno-fmt-ignore
 const REASONS: Readonly<Record<number, string>> = {
-  100: "Continue", 200: "OK", 201: "Created", 202: "Accepted", 204: "No Content", 205: "Reset Content",
+  200: "OK", 201: "Created", 202: "Accepted", 204: "No Content", 205: "Reset Content",
   206: "Partial Content", 301: "Moved Permanently", 302: "Found", 303: "See Other", 304: "Not Modified",
   307: "Temporary Redirect", 308: "Permanent Redirect", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
   404: "Not Found", 405: "Method Not Allowed", 406: "Not Acceptable", 408: "Request Timeout", 409: "Conflict",
@@ -6521,18 +6521,16 @@ function pause(time: number): Promise<void> {
   return new Promise((resolve) => after(time, resolve));
 }
 
-/** By time in milliseconds: a promise that resolves when it is over, and until when others may share it. */
-const PAUSES = new Map<number, { readonly promise: Promise<void>; readonly shareable: number }>();
+/** By time in milliseconds: what resolves when it is over, and until when others may wait for that, too. */
+const PAUSES = new Map<number, { readonly over: Promise<undefined>; readonly shareable: number }>();
 
 /** What a promise gives; undefined if that takes longer than a time in milliseconds, or nine tenths of it. */
 async function within<T>(time: number, promise: Promise<T>): Promise<T | undefined> {
-  const now = performance.now();
-  let late = PAUSES.get(time);
-  if (late === undefined || now > late.shareable) {
-    late = { promise: pause(time), shareable: now + time / 10 };
-    PAUSES.set(time, late);
-  }
-  return await Promise.race([promise, late.promise.then(() => undefined)]);
+  const now = performance.now(), shared = PAUSES.get(time);
+  if (shared !== undefined && now < shared.shareable) return await Promise.race([promise, shared.over]);
+  const over = pause(time).then(() => void PAUSES.delete(time));
+  PAUSES.set(time, { over, shareable: now + time / 10 });
+  return await Promise.race([promise, over]);
 }
 
 /** How long work goes on before others are served, in milliseconds. */

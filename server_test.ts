@@ -2055,6 +2055,7 @@ const ANSWERS: readonly [says: string, Handler, Expected][] = [
   ["an Error, promised", () => Promise.reject(new Error("secret")), { status: 500 }],
   ["what is no Error", failing("secret"), { status: 500 }],
   ["undefined", failing(undefined), { status: 500 }],
+  ["an HttpError of no error", () => Promise.reject(new HttpError(99, "?")), { status: 500 }],
   ["an HttpError, promised", () => Promise.reject(new HttpError(410, "Gone")), { status: 410 }],
   ["an unknown charset", () => ({ body: "a", charset: "klingon" }), { status: 500 }],
   ["a field value of two lines", () => ({ headers: { "X-Y": "1\r\nInjected: 2" } }), { status: 500 }],
@@ -2125,6 +2126,15 @@ for (const [says, handler, { status = 200, fields = {}, text }] of ANSWERS) {
     assertEquals([old.status, old.fields.get("connection"), textOf(old)], [status, "close", textOf(reply)]);
   });
 }
+
+Deno.test("represent() compresses for nobody who did not ask, however much longer a text becomes", async () => {
+  await using server = serveEcho({ charset: "windows-1252", routes: [[/^/, () => "<p>" + "你".repeat(200)]] });
+  const codings = [];
+  for (const fields of [["Accept-Encoding: gzip"], [], ["Accept-Encoding: gzip"]]) {
+    codings.push((await ask(server, get("/", ...fields))).fields.get("content-encoding"));
+  }
+  assertEquals(codings, ["gzip", undefined, "gzip"]);
+});
 
 Deno.test("represent() asks the handler each time, though requests be equal", async () => {
   let count = 0;

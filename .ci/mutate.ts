@@ -58,14 +58,14 @@ const EQUIVALENT: readonly (readonly [change: string, reason: string])[] = [
   ["for (let i = 0; i < ⟦39420 → 39421⟧; i++) pointers[text.charCodeAt(i)] = i + 1;", "there is no such character"],
   ["for (let i = 0; i ⟦< → <=⟧ 39420; i++) pointers[text.charCodeAt(i)] = i + 1;", "there is no such character"],
   ["const codePoint = text.codePointAt(at)!, wide = codePoint ⟦> → >=⟧ 0xffff;", "no pair of bytes is U+FFFF"],
-  ["const { units } = pairs(encoding, leads, range(⟦0x40 → 0x3f⟧, 0xfc));", "no pair has such a byte"],
-  ["const { units } = pairs(encoding, leads, range(0x40, ⟦0xfc → 0xfd⟧));", "no pair has such a byte"],
+  ["const { units } = pairs(encoding, leads, numbers(⟦0x40 → 0x3f⟧, 0xfc));", "no pair has such a byte"],
+  ["const { units } = pairs(encoding, leads, numbers(0x40, ⟦0xfc → 0xfd⟧));", "no pair has such a byte"],
   [
-    "codes.push(...range(first, last).flatMap((row) => range(0x40, ⟦0x7e → 0x7f⟧).flatMap((column) => [row, column])));",
+    "codes.push(...numbers(first, last).flatMap((row) => numbers(0x40, ⟦0x7e → 0x7f⟧).flatMap((column) => [row, column])));",
     "no pair has such a byte",
   ],
   [
-    "codes.push(...range(first, last).flatMap((row) => range(⟦0x40 → 0x3f⟧, 0x7e).flatMap((column) => [row, column])));",
+    "codes.push(...numbers(first, last).flatMap((row) => numbers(⟦0x40 → 0x3f⟧, 0x7e).flatMap((column) => [row, column])));",
     "no pair has such a byte",
   ],
   ["for (const cost of costs) if (cost ⟦< → <=⟧ least) least = cost;", "it is as little"],
