@@ -6771,37 +6771,22 @@ type WorkerReport =
 
 /** A server of several threads that share one port: the system spreads connections over them. */
 async function startWorkers(options: ServeOptions, count: number): Promise<Server> {
-  const log = new Log("none"), workers = new Set<Worker>(), stopped = Promise.withResolvers<void>();
+  /** Whether each of the threads that run listens already. */
+  const workers = new Map<Worker, boolean>();
+  const log = new Log("none"), stopped = Promise.withResolvers<void>();
   let draining = false;
-  const ended = (worker: Worker) => {
-    worker.terminate();
-    workers.delete(worker);
-    if (draining && workers.size === 0) stopped.resolve();
-  };
-  const start = (port: number) => {
-    const { promise, resolve, reject } = Promise.withResolvers<Deno.NetAddr>();
-    const worker = new Worker(import.meta.url, { type: "module", name: "charserve" });
-    workers.add(worker);
-    worker.onmessage = ({ data }: MessageEvent<WorkerReport>) => {
-      if (data.kind === "log") log.append(data.lines);
-      else if (data.kind === "listening") resolve(data.addr);
-      else if (data.kind === "failed") reject(new Error(data.reason));
-      else ended(worker);
-    };
-    worker.onerror = (event) => {
-      event.preventDefault();
-      ended(worker);
-      log.notice(`a worker died: ${event.message}`);
-      // One that was listening is replaced.
-      promise.then(() => replace(port), () => {});
-      reject(new Error(`a worker died: ${event.message}`));
-    };
-    worker.postMessage({ ...options, port });
-    return promise;
-  };
-  const replace = async (port: number) => {
-    await pause(RESTART_DELAY);
-    if (!draining) await start(port).catch(() => replace(port));
+  const start = async (port: number): Promise<Deno.NetAddr> => {
+    const { worker, listening } = startWorker({ ...options, port }, log, () => {
+      // One that dies before it listens would do so again.
+      const isReplaced = !draining && workers.get(worker) === true;
+      workers.delete(worker);
+      if (isReplaced) setTimeout(() => draining || start(port).catch(() => {}), RESTART_DELAY);
+      if (draining && workers.size === 0) stopped.resolve();
+    });
+    workers.set(worker, false);
+    const addr = await listening;
+    workers.set(worker, true);
+    return addr;
   };
   // The first one finds the port, if any will do.
   const addr = await start(options.port ?? DEFAULTS.port);
@@ -6809,11 +6794,35 @@ async function startWorkers(options: ServeOptions, count: number): Promise<Serve
   const finished = stopped.promise.then(() => log.close());
   const shutdown = (grace: number = 0) => {
     draining = true;
-    for (const worker of workers) worker.postMessage({ stop: grace });
+    for (const worker of workers.keys()) worker.postMessage({ stop: grace });
     if (workers.size === 0) stopped.resolve();
     return finished;
   };
   return { addr, finished, pending: 0, shutdown, [Symbol.asyncDispose]: () => shutdown() };
+}
+
+/** Starts a thread. `listening` fails if it cannot; `onEnd` is called when it has stopped, or died. */
+function startWorker(options: ServeOptions, log: Log, onEnd: () => void) {
+  const { promise: listening, resolve, reject } = Promise.withResolvers<Deno.NetAddr>();
+  const worker = new Worker(import.meta.url, { type: "module", name: "charserve" });
+  const end = () => {
+    worker.terminate();
+    onEnd();
+  };
+  worker.onmessage = ({ data }: MessageEvent<WorkerReport>) => {
+    if (data.kind === "log") log.append(data.lines);
+    else if (data.kind === "listening") resolve(data.addr);
+    else if (data.kind === "failed") reject(new Error(data.reason));
+    else end();
+  };
+  worker.onerror = (event) => {
+    event.preventDefault();
+    log.notice(`a worker died: ${event.message}`);
+    reject(new Error(`a worker died: ${event.message}`));
+    end();
+  };
+  worker.postMessage(options);
+  return { worker, listening };
 }
 
 /** The other side: a thread that serves until it is told to stop. */
