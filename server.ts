@@ -662,7 +662,7 @@ class Connection implements Disposable {
   refusedHead(): RequestHead {
     const text = latin1(this.#bytes.subarray(this.#start, Math.min(this.#end, this.#start + HEAD_LIMIT)));
     const method = text.startsWith("HEAD ") ? "HEAD" : "GET";
-    const nothing = { target: "", authority: "", path: "", query: undefined, framing: NO_CONTENT, fields: [] };
+    const nothing = { target: "", authority: "", path: "", query: undefined, framing: NO_CONTENT, fields: [0] };
     return { ...nothing, text, method, minor: 1, persistent: false };
   }
 
@@ -769,9 +769,8 @@ class Connection implements Disposable {
   }
 
   #takeReady(): Uint8Array {
-    const bytes = this.#ready.length === 1 ? this.#ready[0]! : concat(this.#ready);
-    this.#ready.length = this.#readySize = 0;
-    return bytes;
+    this.#readySize = 0;
+    return this.#ready.length === 1 ? this.#ready.pop()! : concat(this.#ready.splice(0));
   }
 
   /** Writes all of `bytes`: the system may take fewer at a time. */
@@ -1016,7 +1015,8 @@ interface RequestHead {
 
 /**
  * Where the field lines stand in the head's text, four numbers each: the shape of the name, where it begins, and where the
- * value begins and ends. No text is made of a field that nobody asks for.
+ * value begins and ends. Before them stand the letters that names begin with, a bit each: most fields that are asked for
+ * are absent. No text is made of a field that nobody asks for.
  */
 type FieldOffsets = readonly number[];
 
@@ -1050,10 +1050,10 @@ function parseRequest(bytes: Uint8Array, start: number, end: number): RequestHea
   if (lineEnd - start > TARGET_LIMIT + 64) {
     throw new FramingError(414, `Cannot parse request line: it exceeds ${TARGET_LIMIT} bytes`);
   }
-  const fields: number[] = [];
+  const fields = [0];
   let at = endLine(bytes, lineEnd, end);
   while (at < end && bytes[at] !== CR) {
-    if (fields.length === 4 * FIELD_COUNT_LIMIT) {
+    if (fields.length > 4 * FIELD_COUNT_LIMIT) {
       throw new FramingError(431, `Cannot parse head: it has more than ${FIELD_COUNT_LIMIT} fields`);
     }
     at = parseField(bytes, at, end, start, fields);
@@ -1094,8 +1094,14 @@ function parseField(bytes: Uint8Array, at: number, end: number, start: number, f
   const valueStart = skip(bytes, nameEnd + 1, end, IN_SPACE), lineEnd = skip(bytes, valueStart, end, IN_VALUE);
   let valueEnd = lineEnd;
   while (valueEnd > valueStart && (CLASSES[bytes[valueEnd - 1]!]! & IN_SPACE) !== 0) valueEnd--;
+  fields[0]! |= letterBit(bytes[at]!);
   fields.push(shapeOf(nameEnd - at, bytes[at]!), at - start, valueStart - start, valueEnd - start);
   return endLine(bytes, lineEnd, end);
+}
+
+/** The first letter of a name, in any case, as a bit. */
+function letterBit(first: number): number {
+  return 1 << (first & 31);
 }
 
 /** The length of a name and its first letter, in any case: few names share both. `fieldLines` takes the length out again. */
@@ -1138,9 +1144,10 @@ function isPersistent(connection: string | undefined, minor: 0 | 1): boolean {
 
 /** The field's value, those of several lines joined (RFC 9110 §5.3); `name` in lower case. */
 function fieldValue({ text, fields }: HeadFields, name: string): string | undefined {
-  const shape = shapeOf(name.length, name.charCodeAt(0));
+  const first = name.charCodeAt(0), shape = shapeOf(name.length, first);
+  if ((fields[0]! & letterBit(first)) === 0) return undefined;
   let value: string | undefined;
-  for (let i = 0; i < fields.length; i += 4) {
+  for (let i = 1; i < fields.length; i += 4) {
     if (fields[i] !== shape || !isName(text, fields[i + 1]!, name)) continue;
     const line = text.slice(fields[i + 2]!, fields[i + 3]!);
     value = value === undefined ? line : `${value}, ${line}`;
@@ -1159,8 +1166,8 @@ function isName(text: string, at: number, name: string): boolean {
 
 /** Every field line of a head, in order. */
 function fieldLines({ text, fields }: HeadFields): Field[] {
-  return Array.from({ length: fields.length / 4 }, (_, line) => {
-    const [shape, nameStart, valueStart, valueEnd] = fields.slice(4 * line, 4 * line + 4) as [
+  return Array.from({ length: (fields.length - 1) / 4 }, (_, line) => {
+    const [shape, nameStart, valueStart, valueEnd] = fields.slice(4 * line + 1, 4 * line + 5) as [
       number,
       number,
       number,
