@@ -7076,30 +7076,17 @@ interface ArgumentsPackage {
   }): { readonly _: readonly (string | number)[] };
 }
 
-/** Splits the arguments with `@std/cli`, or, where that is not to be had at once, with what is part of Deno. */
+/** Splits the arguments with `@std/cli`, or, where that is not to be had at once, without. */
 async function splitArguments(args: readonly string[]): Promise<Typed> {
   // The name is put together here: a literal one Deno would fetch before the first line runs, and wait for the network.
   const module = "parse-args", loading = import(`jsr:@std/cli@^1/${module}`).catch(() => undefined);
-  const loaded: ArgumentsPackage | undefined = await within(PACKAGE_TIME, loading);
-  return loaded === undefined ? splitByNode(await import("node:util"), args) : splitByPackage(loaded, args);
+  const loaded: ArgumentsPackage | undefined = await within(PACKAGE_TIME, loading), attached = attachValues(args);
+  return loaded === undefined ? splitByHand(attached) : splitByPackage(loaded, attached);
 }
 
-function splitByNode({ parseArgs }: typeof import("node:util"), args: readonly string[]): Typed {
-  const valued = optionRows().filter(({ read }) => read !== undefined).map(({ long, short }) =>
-    [long.slice(2), { type: "string" as const, ...(short && { short: short.slice(1) }) }] as const
-  );
-  const loose = { strict: false, allowPositionals: true, tokens: true } as const;
-  const { tokens = [], positionals } = parseArgs({ args: [...args], options: Object.fromEntries(valued), ...loose });
-  const options = tokens.filter((token) => token.kind === "option").map(({ rawName, value = "", inlineValue }) => {
-    const isShort = !rawName.startsWith("--");
-    return [rawName, isShort && inlineValue ? value.replace(/^=/, "") : value] as const; // `-p=80`
-  });
-  return { options, words: positionals };
-}
-
-function splitByPackage({ parseArgs }: ArgumentsPackage, args: readonly string[]): Typed {
+function splitByPackage({ parseArgs }: ArgumentsPackage, attached: readonly string[]): Typed {
   const options: [string, string][] = [];
-  const { _: words } = parseArgs(attachValues(args), {
+  const { _: words } = parseArgs(attached, {
     // Called for each option, since the package was told of none. Its key for `--no-listing=x` or `--body=` is another.
     unknown(argument, key, value) {
       const flag = argument.startsWith("--") ? argument.replace(/(?<=.{3})=.*/s, "") : `-${key}`;
@@ -7108,6 +7095,15 @@ function splitByPackage({ parseArgs }: ArgumentsPackage, args: readonly string[]
     },
   });
   return { options, words: words.map(String) };
+}
+
+function splitByHand(attached: readonly string[]): Typed {
+  const end = attached.indexOf("--");
+  const options = attached.slice(0, end).map((argument) => {
+    const [, flag = "", value = ""] = /^(--[^=]*|-.)=?(.*)$/su.exec(argument) ?? [];
+    return [flag, value] as const;
+  });
+  return { options, words: attached.slice(end + 1) };
 }
 
 /**

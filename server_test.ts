@@ -6817,7 +6817,7 @@ function hasModule(name: string): Promise<boolean> {
   return import(name).then(() => true, () => false);
 }
 
-/** A test of what is read from arguments, whatever splits them: `node:util` where Deno finds no package, or `@std/cli`. */
+/** A test of what is read from arguments, whatever splits them: the server where Deno finds no package, or `@std/cli`. */
 function testBothWays(name: string, test: (env: Record<string, string>) => Promise<void>): void {
   Deno.test(name, () => test({ JSR_URL: "file:///nowhere/" }));
   if (HAS_PACKAGE) Deno.test(`${name} (with @std/cli)`, () => test({}));
