@@ -5398,7 +5398,7 @@ async function findLine(
 }
 
 /** Letters of Chinese, Japanese and Korean, up to U+FFFF: they take two bytes or more, wherever they can be written. */
-const WIDE_LETTER = /(?![\u{10000}-\u{10ffff}])[\p{sc=Han}\p{sc=Hiragana}\p{sc=Katakana}\p{sc=Hangul}]/gu;
+const wideLetter = lazily(() => /(?![\u{10000}-\u{10ffff}])[\p{sc=Han}\p{sc=Hiragana}\p{sc=Katakana}\p{sc=Hangul}]/gu);
 
 /**
  * Which pairs of bytes may be one of some letters, in whatever encoding: a bit a letter, and all bits that there are.
@@ -5410,7 +5410,7 @@ interface Letters {
 }
 
 function lettersOf(words: readonly string[]): Letters {
-  const letters = [...new Set(words.join("").match(WIDE_LETTER))].slice(0, 8), bits = new Uint8Array(0x10000);
+  const letters = [...new Set(words.join("").match(wideLetter()))].slice(0, 8), bits = new Uint8Array(0x10000);
   const all = (1 << letters.length) - 1;
   for (const [i, letter] of letters.entries()) {
     // A letter may be written as another one, and as one with a mark behind it.
@@ -5696,11 +5696,11 @@ function summary(search: Search): string {
 }
 
 /** Characters that are one when they are folded: with the marks that follow, and the syllables of Hangul. */
-const CLUSTER = /[^][\p{M}\uff9e\uff9f\u1160-\u11ff\u314f-\u3163]*/gu;
+const cluster = lazily(() => /[^][\p{M}\uff9e\uff9f\u1160-\u11ff\u314f-\u3163]*/gu);
 
 /** Text as markup, the words in it marked. */
 function markWords(text: string, words: readonly string[]): string {
-  const clusters = text.match(CLUSTER) ?? [], owners: number[] = [];
+  const clusters = text.match(cluster()) ?? [], owners: number[] = [];
   let folded = "";
   for (const [i, cluster] of clusters.entries()) {
     folded += fold(cluster);
