@@ -847,6 +847,8 @@ class RequestContent implements Disposable {
   #received = 0;
   /** Its share of `contentInMemory`. */
   #reserved = 0;
+  /** Whether nobody may read it any more: its memory would not be given back. */
+  #isDisposed = false;
 
   constructor(connection: Connection, framing: Framing, limit: number, awaitsContinue: boolean) {
     this.#connection = connection;
@@ -862,6 +864,16 @@ class RequestContent implements Disposable {
    * much of other requests.
    */
   async bytes(): Promise<Uint8Array<ArrayBuffer>> {
+    try {
+      return await this.#readAll();
+    } catch (error) {
+      // Nobody knows where the next request begins, even if the handler answers this one.
+      this.#connection.endAfterAnswer("linger");
+      throw error;
+    }
+  }
+
+  async #readAll(): Promise<Uint8Array<ArrayBuffer>> {
     if (!this.#mayFit()) throw new HttpError(413, `The content exceeds ${this.#limit} bytes`);
     if (this.#awaitsContinue) {
       this.#awaitsContinue = false;
@@ -906,6 +918,7 @@ class RequestContent implements Disposable {
 
   /** Reserves memory for content in the shared budget. Throws 503 when that is used up. */
   #reserve(size: number): number {
+    if (this.#isDisposed) throw disconnected();
     // However long one may be, there is room for one: its buffer grows to twice its length at most.
     if (contentInMemory + size > Math.max(CONTENT_BUDGET, 2 * this.#limit + BUFFER_SIZE)) {
       throw new FramingError(503, "Too much content of other requests is in memory", [["Retry-After", "1"]]);
@@ -916,6 +929,7 @@ class RequestContent implements Disposable {
   }
 
   [Symbol.dispose](): void {
+    this.#isDisposed = true;
     contentInMemory -= this.#reserved;
     this.#reserved = 0;
   }
@@ -1358,17 +1372,27 @@ class Exchange implements Incoming {
     const pending = Promise.resolve(answer);
     pending.catch(() => {}); // It may fail while what is before it is being written.
     this.#connection.setWaiting("handler");
-    await this.#connection.flush();
-    const message = await this.#connection.unlessClosed(pending);
+    const message = await this.#inTurn(pending);
     try {
       await (isWhole(message) ? this.#connection.write(this.compose(message)) : this.#stream(message));
     } catch (error) {
       // A stream failed before its first byte: the error can still be told.
-      const instead = await this.#explain(error);
+      const instead = await this.#connection.unlessClosed(Promise.resolve(this.#explain(error)));
       await this.#connection.write(this.compose(isWhole(instead) ? instead : errorResponse(this, error)));
     }
     if (this.#content !== undefined && this.#connection.ending === "no" && !await this.#content.skip()) {
       this.#connection.endAfterAnswer("linger");
+    }
+  }
+
+  /** The message, once those before it have left. If its client is gone by then, whoever makes its content is told. */
+  async #inTurn(pending: Promise<Message>): Promise<Message> {
+    try {
+      await this.#connection.flush();
+      return await this.#connection.unlessClosed(pending);
+    } catch (error) {
+      if (error instanceof Disconnected) pending.then(cancelContent, () => {});
+      throw error;
     }
   }
 
@@ -1405,7 +1429,7 @@ class Exchange implements Incoming {
     let sent = 0;
     if (head.method !== "HEAD" && !hasNoContent(status)) sent = await this.#writeContent(latin1Bytes(text), content);
     else {
-      await connection.unlessClosed(Promise.resolve(content.cancel?.()));
+      cancelContent(message);
       await connection.write(latin1Bytes(text));
     }
     server.log.response(this, message, text, sent);
@@ -1442,7 +1466,7 @@ class Exchange implements Incoming {
       throw disconnected();
     } finally {
       // One that is in the middle of a piece would only listen after that: it is not waited for.
-      pieces.return?.()?.catch(() => {});
+      inBackground(() => pieces.return?.());
     }
   }
 
@@ -1944,8 +1968,10 @@ function observe(evidence: Evidence, path: string): Found | undefined {
 function findInside(site: Site, path: string): Found | undefined {
   const real = ifPresent(() => Deno.realPathSync(path));
   if (real === undefined || !mayBeReached(site, real)) return undefined;
-  // A link, or a short name on Windows, may stand for a name that is hidden.
-  if (isHidden(site, namesBelow(site, real)) && !isHidden(site, namesBelow(site, path))) return undefined;
+  // A link, or a short name on Windows, may stand for a name that is hidden. (But a volume of Kubernetes has its files in a
+  // folder such as `..2026_11_28`, and links to them.)
+  const names = namesBelow(site, real).filter((name) => !name.startsWith(".."));
+  if (isHidden(site, names) && !isHidden(site, namesBelow(site, path))) return undefined;
   const info = lstatOf(real);
   return info && { real, info };
 }
@@ -2064,9 +2090,10 @@ function isHidden({ server }: Site, names: readonly string[]): boolean {
     names.some((name, i) => name.startsWith(".") && (i > 0 || name !== ".well-known"));
 }
 
-/** The names that lead from ROOT to a path without links. */
-function namesBelow(site: Site, real: string): string[] {
-  return real.startsWith(site.path) ? real.slice(site.path.length).split(SEPARATOR).filter((name) => name !== "") : [];
+/** The names that lead from ROOT to a path without links; none if that is outside. */
+function namesBelow({ path }: Site, real: string): string[] {
+  const root = path.endsWith(SEPARATOR) ? path : path + SEPARATOR;
+  return real.startsWith(root) ? real.slice(root.length).split(SEPARATOR) : [];
 }
 
 /** A regular file, and what was made of it. */
@@ -2462,7 +2489,9 @@ async function loadFile(exchange: Exchange, found: FileFound, status: 200 | 404)
     return loadFile(exchange, file, status);
   }
   const variant = { ...selected, source: sent.file };
-  const message = sent.file.size > BUFFERED_LIMIT ? streamedMessage(variant) : await sharedMessage(variant, sent.bytes);
+  const message = sent.file.size > BUFFERED_LIMIT
+    ? streamedMessage(variant, sent.samples)
+    : await sharedMessage(variant, sent.bytes);
   return reply(exchange, message, status);
 }
 
@@ -2659,6 +2688,8 @@ function readShared(file: FileFound): Promise<Opened> {
 interface Opened {
   readonly file: FileFound;
   readonly bytes: Uint8Array<ArrayBuffer>;
+  /** What tells later whether it has only grown: hardly ever does it keep both ends when it is written anew. */
+  readonly samples: readonly Sample[];
 }
 
 /** How often a file that is being written over is read anew, and how long is waited between, in milliseconds. */
@@ -2672,9 +2703,11 @@ async function readFile(found: FileFound): Promise<Opened> {
     const info = opened.stat();
     const file = isSameState(info, found.info) ? found : newFile(found.path, found.name, info, found.evidence);
     const bytes = new Uint8Array(Math.min(file.size, BUFFERED_LIMIT)), length = opened.read(bytes, 0);
-    if (length < bytes.length || !await keepsItsBytes(opened, info, file.path, [{ position: 0, bytes }])) continue;
+    const end = Math.max(0, file.size - GROWTH_SAMPLE), isWhole = file.size === bytes.length;
+    const samples = [{ position: 0, bytes: isWhole ? bytes : bytes.slice(0, GROWTH_SAMPLE) }, readSample(opened, end)];
+    if (length < bytes.length || !await keepsItsBytes(opened, info, file.path, samples)) continue;
     if (!file.isSettled) await tagByDigest(file, opened, bytes, now);
-    return { file, bytes };
+    return { file, bytes, samples };
   }
   throw fileChanged();
 }
@@ -2737,7 +2770,7 @@ function hasSample(file: OpenFile, { position, bytes }: Sample): boolean {
   return again.length === bytes.length && again.every((byte, i) => byte === bytes[i]);
 }
 
-function readSample(file: OpenFile, position: number, length: number): Sample {
+function readSample(file: OpenFile, position: number, length: number = GROWTH_SAMPLE): Sample {
   const buffer = new Uint8Array(length);
   return { position, bytes: buffer.subarray(0, file.read(buffer, position)) };
 }
@@ -2851,13 +2884,13 @@ function isReachedDirectly(path: string, isIt: (info: FileInfo) => boolean): boo
 }
 
 /** A file that is too large to be kept. */
-function streamedMessage(variant: Variant): StreamMessage {
-  const content = isAsStored(variant) ? streamFile(variant.source) : streamConverted(variant);
+function streamedMessage(variant: Variant, samples: readonly Sample[]): StreamMessage {
+  const content = isAsStored(variant) ? streamFile(variant.source, samples) : streamConverted(variant, samples);
   return { ...variantHead(variant), content };
 }
 
 /** A large file, as it is, as long as it was when it was looked at. */
-function streamFile(source: FileFound, pieceSize: number = PIECE_SIZE): Stream {
+function streamFile(source: FileFound, samples: readonly Sample[], pieceSize: number = PIECE_SIZE): Stream {
   return {
     length: source.size,
     async *read(start = 0, end = Infinity) {
@@ -2865,8 +2898,6 @@ function streamFile(source: FileFound, pieceSize: number = PIECE_SIZE): Stream {
       const info = file.stat();
       if (!isSameFile(info, source.info) || info.size < source.size) throw fileChanged();
       const buffer = new Uint8Array(pieceSize), last = Math.min(end, source.size);
-      // Its beginning and its end stay as they are when it grows, and hardly when it is written anew.
-      const samples = [0, source.size - GROWTH_SAMPLE].map((at) => readSample(file, Math.max(0, at), GROWTH_SAMPLE));
       for (let at = start; at < last; at += pieceSize) {
         const piece = last - at < pieceSize ? buffer.subarray(0, last - at) : buffer;
         if (file.read(piece, at) < piece.length || !await keepsItsBytes(file, source.info, source.path, samples)) {
@@ -2894,7 +2925,7 @@ interface Checkpoint {
  * A large text file, decoded and encoded piece by piece. How long that becomes is known once somebody has got all of
  * it; until then, parts of it cannot be had (RFC 9110 §14.2 lets us send the whole).
  */
-function streamConverted(variant: Variant): Stream {
+function streamConverted(variant: Variant, samples: readonly Sample[]): Stream {
   const key = keyOf(variant), { conversions } = variant.file;
   const conversion = conversions.get(key) ?? { length: undefined, checkpoints: [{ from: 0, to: 0 }] };
   conversions.set(key, conversion);
@@ -2903,7 +2934,7 @@ function streamConverted(variant: Variant): Stream {
     async *read(start = 0, end = Infinity) {
       const checkpoint = conversion.checkpoints.findLast(({ to }) => to <= start)!;
       let at = checkpoint.to;
-      for await (const piece of convertPieces(variant, conversion, checkpoint)) {
+      for await (const piece of convertPieces({ ...variant, samples }, conversion, checkpoint)) {
         const part = piece.subarray(Math.max(0, start - at), Math.max(0, end - at));
         at += piece.length;
         if (part.length > 0) yield part;
@@ -2915,11 +2946,11 @@ function streamConverted(variant: Variant): Stream {
 
 /** Converts a file from one of its checkpoints on, and notes those that come. */
 async function* convertPieces(
-  variant: Variant,
+  variant: Variant & Pick<Opened, "samples">,
   conversion: Conversion,
   { from, to }: Checkpoint,
 ): AsyncGenerator<Uint8Array> {
-  const { file, nature } = variant, stored = nature.encoding!, encoding = variant.encoding!, { type } = nature;
+  const { file, nature, samples } = variant, stored = nature.encoding!, encoding = variant.encoding!, { type } = nature;
   const mode = errorModeOf(variant), mark = variant.hasMark ? "\ufeff" : "";
   const carry: Carry = { state: ASCII, isLast: false };
   // Only at the beginning of the file is U+FEFF a byte-order mark.
@@ -2927,7 +2958,7 @@ async function* convertPieces(
   // Behind a line feed, an ASCII byte in all these, a decoder begins anew, and so does an encoder; but see ISO-2022-JP.
   const isSeekable = !/^(?:utf-16|iso-2022)/.test(stored) && encoding !== "iso-2022-jp";
   let sent = to;
-  for await (const { bytes, end, isLast, isLineEnd } of blocksFrom(file, from)) {
+  for await (const { bytes, end, isLast, isLineEnd } of blocksFrom(file, samples, from)) {
     await yieldToOthers();
     carry.isLast = isLast;
     const text = decoder.decode(bytes, { stream: !isLast });
@@ -2950,11 +2981,13 @@ interface Block {
   readonly isLast: boolean;
 }
 
-async function* blocksFrom(file: FileFound, from: number): AsyncGenerator<Block> {
+async function* blocksFrom(file: FileFound, samples: readonly Sample[], from: number): AsyncGenerator<Block> {
   let rest = new Uint8Array(), read = from;
-  for await (const piece of streamFile(file, CONVERTED_PIECE).read(from)) {
+  for await (const piece of streamFile(file, samples, CONVERTED_PIECE).read(from)) {
     const bytes = rest.length > 0 ? concat([rest, piece]) : piece, isLast = (read += piece.length) >= file.size;
-    const lineEnd = isLast ? bytes.length : bytes.lastIndexOf(LF) + 1, length = lineEnd || bytes.length;
+    // A declaration may stand anywhere in the first piece.
+    const isFirst = read === piece.length, lineEnd = isLast ? bytes.length : isFirst ? 0 : bytes.lastIndexOf(LF) + 1;
+    const length = lineEnd || bytes.length;
     rest = bytes.slice(length);
     yield { bytes: bytes.subarray(0, length), end: read - rest.length, isLineEnd: lineEnd > 0, isLast };
   }
@@ -3180,10 +3213,17 @@ function slice(content: Uint8Array | Stream, parts: readonly (ByteRange | Uint8A
   return {
     length: parts.reduce((sum, part) => sum + (part instanceof Uint8Array ? part.length : part.end - part.start), 0),
     async *read() {
+      let before: Uint8Array = NO_BYTES;
       for (const part of parts) {
-        if (part instanceof Uint8Array) yield part;
-        else yield* content.read(part.start, part.end);
+        if (part instanceof Uint8Array) before = concat([before, part]);
+        else {
+          for await (const piece of content.read(part.start, part.end)) {
+            yield before.length > 0 ? concat([before, piece]) : piece;
+            before = NO_BYTES;
+          }
+        }
       }
+      if (before.length > 0) yield before;
     },
   };
 }
@@ -3226,6 +3266,11 @@ interface Kept {
   date: string;
   composed: (Uint8Array<ArrayBuffer> | undefined)[];
   notModified?: WholeMessage;
+}
+
+/** Tells whoever makes the content that it is not wanted. */
+function cancelContent({ content }: Message): void {
+  if (!(content instanceof Uint8Array)) inBackground(() => content.cancel?.());
 }
 
 function withContent(parts: MessageParts, content: Uint8Array | Stream): Message {
@@ -4129,7 +4174,9 @@ function sniffIso2022Jp(bytes: Uint8Array): "iso-2022-jp" | undefined {
   const text = latin1(bytes.subarray(0, 0x10000));
   // deno-lint-ignore no-control-regex
   const isEscaped = /\x1b(?:\$[@B]|\([JI])/.test(text) && !/[\x80-\xff]/.test(text);
-  return isEscaped && !/\ufffd./s.test(decodeReading(bytes, "iso-2022-jp")) ? "iso-2022-jp" : undefined;
+  // An escape sequence may be cut off at the end.
+  const last = bytes.lastIndexOf(0x1b), whole = last < bytes.length - 2 ? bytes : bytes.subarray(0, last);
+  return isEscaped && !/\ufffd./s.test(decodeReading(whole, "iso-2022-jp")) ? "iso-2022-jp" : undefined;
 }
 
 /** Whether bytes are UTF-8, or damaged UTF-8: nine tenths of those beyond ASCII stand in well-formed sequences. */
@@ -6528,6 +6575,11 @@ function pause(time: number): Promise<void> {
   return new Promise((resolve) => after(time, resolve));
 }
 
+/** Does something that nobody waits for, nor minds if it fails. */
+function inBackground(act: () => unknown): void {
+  (async () => await act())().catch(() => {});
+}
+
 /** By time in milliseconds: what resolves when it is over, and until when others may wait for that, too. */
 const PAUSES = new Map<number, { readonly over: Promise<undefined>; readonly shareable: number }>();
 
@@ -6766,8 +6818,8 @@ async function writeStandardError(lines: string): Promise<void> {
 // ── Workers ──────────────────────────────────────────────────────────────────────────────────────
 // Threads that share one port, each a server of its own: this module again, as a Web Worker.
 
-/** How long to wait before a worker that died is replaced, in milliseconds. */
-const RESTART_DELAY = 200;
+/** How long to wait before a worker that died is replaced, the first time and at most, in milliseconds. */
+const RESTART_DELAY = 200, LONGEST_RESTART_DELAY = 10_000;
 
 /** What a worker tells the main thread. */
 type WorkerReport =
@@ -6778,22 +6830,32 @@ type WorkerReport =
 
 /** A server of several threads that share one port: the system spreads connections over them. */
 async function startWorkers(options: ServeOptions, count: number): Promise<Server> {
-  /** Whether each of the threads that run listens already. */
-  const workers = new Map<Worker, boolean>();
+  /** The threads that run, and where each listens, once it does. */
+  const workers = new Map<Worker, Deno.NetAddr | undefined>();
   const log = new Log("none"), stopped = Promise.withResolvers<void>();
   let draining = false;
   const start = async (port: number): Promise<Deno.NetAddr> => {
     const { worker, listening } = startWorker({ ...options, port }, log, () => {
-      // One that dies before it listens would do so again.
-      const isReplaced = !draining && workers.get(worker) === true;
+      const addr = workers.get(worker);
       workers.delete(worker);
-      if (isReplaced) setTimeout(() => draining || start(port).catch(() => {}), RESTART_DELAY);
       if (draining && workers.size === 0) stopped.resolve();
+      if (addr !== undefined) void replace(addr.port);
     });
-    workers.set(worker, false);
+    workers.set(worker, undefined);
     const addr = await listening;
-    workers.set(worker, true);
+    workers.set(worker, addr);
     return addr;
+  };
+  const replace = async (port: number) => {
+    for (let delay = RESTART_DELAY;; delay = Math.min(2 * delay, LONGEST_RESTART_DELAY)) {
+      await new Promise((resolve) => setTimeout(resolve, delay)); // Not `pause`: this may be all that goes on.
+      if (draining) return;
+      try {
+        return void await start(port);
+      } catch (error) {
+        log.notice(`cannot replace a worker: ${(error as Error).message}`);
+      }
+    }
   };
   // The first one finds the port, if any will do.
   const addr = await start(options.port ?? DEFAULTS.port);
@@ -6819,8 +6881,10 @@ function startWorker(options: ServeOptions, log: Log, onEnd: () => void) {
   worker.onmessage = ({ data }: MessageEvent<WorkerReport>) => {
     if (data.kind === "log") log.append(data.lines);
     else if (data.kind === "listening") resolve(data.addr);
-    else if (data.kind === "failed") reject(new Error(data.reason));
-    else end();
+    else {
+      if (data.kind === "failed") reject(new Error(data.reason));
+      end();
+    }
   };
   worker.onerror = (event) => {
     event.preventDefault();
