@@ -642,6 +642,33 @@ Deno.test("Connection answers once, then ends, if content that nobody reads is m
   await client.end();
 });
 
+/** Content that is no content, with what may be taken for a request behind it. */
+const UNFRAMED: readonly [says: string, fields: string[], content: string][] = [
+  ["a chunk without a size", ["Transfer-Encoding: chunked"], "zz\r\n"],
+  ["a chunk longer than its size", ["Transfer-Encoding: chunked"], "3\r\nabcd\r\n"],
+  ["chunks beyond the limit", ["Transfer-Encoding: chunked"], `3e8\r\n${"x".repeat(1000)}\r\n1\r\n`],
+];
+
+for (const [says, fields, content] of UNFRAMED) {
+  Deno.test(`Connection ends with ${says}, though a handler answers`, async () => {
+    const answered: string[] = [];
+    const routes: Route[] = [
+      [/^\/caught$/, (incoming) => incoming.bytes().then(String, () => "caught"), ["POST"]],
+      [/^\/app$/, ({ request }) => request.text().catch(() => "caught").then((text) => new Response(text)), ["POST"]],
+      [/^\/smuggled/, ({ target }) => `${answered.push(target)}`],
+    ];
+    await using server = serveEcho({ maxBody: 1000, routes });
+    for (const target of ["/caught", "/app"]) {
+      using client = await Client.connect(server);
+      await client.send(head(`POST ${target} HTTP/1.1`, "Host: localhost", ...fields) + content + get("/smuggled"));
+      const reply = await client.receive();
+      assertEquals([textOf(reply), reply.fields.get("connection")], ["caught", "close"]);
+      await client.end();
+    }
+    assertEquals(answered, []);
+  });
+}
+
 // ── Request ─────────────────────────────────────────────────────────────────────────────────────
 // What is understood, and what is refused. Every row goes over the wire whole, in tiny pieces, and between
 // other requests; after a refusal nothing more is answered, since nobody knows where it would begin.
@@ -1428,6 +1455,8 @@ const FOUND: readonly [says: string, target: string, status: number, text?: stri
   ["a link to a folder inside", "/folder-in/", 200, "<p>index"],
   ["no hidden file", "/.hidden", 404],
   ["no hidden file by a link, as a page", "/page-hidden", 404],
+  ["a file of a volume of Kubernetes", "/config.txt", 200, "config"],
+  ["no folder of a volume of Kubernetes", "/..data/config.txt", 404],
   ["no hidden file by a link, as an index", "/hidden-page/", 403, undefined, { noListing: true }],
   ["no file by the name of a page with a slash in it", "/b%2F", 404],
   ["a name of 300 characters", `/${"a".repeat(300)}`, 404],
@@ -2168,6 +2197,46 @@ Deno.test("represent() answers 500 when a stream fails before its first byte", a
   await using server = serveEcho({ routes: [[/^/, () => ({ body: failingAfter() })]] });
   assertEquals((await ask(server, get("/"))).status, 500);
 });
+
+Deno.test("represent() tells a stream that comes when its connection is closed", async () => {
+  const go = Promise.withResolvers<void>(), told = Promise.withResolvers<unknown>();
+  const body = () => new ReadableStream({ cancel: told.resolve });
+  const server = serveEcho({ onLog: () => {}, routes: [[/^/, () => go.promise.then(body)]] });
+  using client = await Client.connect(server);
+  await client.send(get("/"));
+  while (server.pending === 0) await delay(5);
+  const { now } = performance, ended = server.shutdown();
+  performance.now = () => now.call(performance) + 11_000;
+  await ended.finally(() => performance.now = now);
+  go.resolve();
+  await within5s(told.promise);
+});
+
+/** Iterators that end otherwise than generators do. */
+const RETURNS: readonly [says: string, end: () => unknown][] = [
+  ["with no promise", () => ({ done: true, value: undefined })],
+  ["by throwing", () => {
+    throw new Error("no");
+  }],
+  ["never", () => new Promise(() => {})],
+];
+
+for (const [says, end] of RETURNS) {
+  Deno.test(`represent() answers once when a stream ends ${says}`, async () => {
+    const body = (): AsyncIterable<Uint8Array> => {
+      let count = 0;
+      const next = () => Promise.resolve({ done: count++ > 0, value: bytesOf("a") });
+      return { [Symbol.asyncIterator]: () => ({ next, return: end as () => Promise<IteratorResult<Uint8Array>> }) };
+    };
+    await using server = serveEcho({ routes: [[/^/, () => ({ body: body() })]] });
+    using client = await Client.connect(server);
+    await client.send(get("/").repeat(2) + get("/").replace("GET", "HEAD") + get("/"));
+    for (const method of ["GET", "GET", "HEAD", "GET"]) {
+      const reply = await within5s(client.receive(method));
+      assertEquals([reply.status, textOf(reply)], [200, method === "HEAD" ? "" : "a"]);
+    }
+  });
+}
 
 Deno.test("represent() breaks off when a stream fails midway", async () => {
   await using server = serveEcho({ routes: [[/^/, () => ({ body: failingAfter("a".repeat(1000)) })]] });
@@ -3159,6 +3228,29 @@ for (const stored of ["utf-16be", "iso-2022-jp"]) {
     assertEquals([part.status, part.content], [206, bytes.slice(1_048_570, 1_048_591)]);
   });
 }
+
+Deno.test("streamConverted() corrects a declaration behind a short first line", async () => {
+  const page = (label: string) => `<!doctype html>\n<meta charset="${label}"><p>${"你好".repeat(400_000)}`;
+  await using server = await serveTree({ "a.html": encode(page("gbk"), "gbk") });
+  const { content } = await ask(server, get("/a.html?charset=utf-8"));
+  assert(new TextDecoder().decode(content) === page("utf-8"));
+});
+
+Deno.test("streamFile() sends parts of one file, though that is written over meanwhile", async () => {
+  const size = 8 * 1024 * 1024,
+    ranges = Array.from({ length: 16 }, (_, i) => `${i * 524_288}-${i * 524_288 + 524_287}`);
+  await using server = await serveTree({ "a.bin": new Uint8Array(size).fill(1) });
+  using client = await Client.connect(server);
+  await client.send(get("/a.bin", `Range: bytes=${ranges.join(",")}`));
+  const seen = new Set<number>(), piece = new Uint8Array(65536);
+  let length = await client.conn.read(piece) ?? 0;
+  await Deno.writeFile(`${server.path}/a.bin`, new Uint8Array(size + 9).fill(2));
+  for (let count; (count = await client.conn.read(piece).catch(() => null)) !== null && length < size;) {
+    length += count;
+    for (const byte of piece.subarray(0, count)) if (byte < 3) seen.add(byte);
+  }
+  assertEquals([length < size, seen.has(2)], [true, false]);
+});
 
 Deno.test("streamConverted() takes U+FEFF for a byte-order mark at the beginning alone", async () => {
   await using server = await serveTree({ "a.txt": new TextEncoder().encode("\ufeffab\n".repeat(220_000)) });
@@ -6570,6 +6662,11 @@ async function addSpecialFiles(path: string): Promise<void> {
   await Deno.symlink("folder", `${site}/folder-in`);
   await Deno.symlink(".hidden", `${site}/link-dot`);
   await Deno.symlink(".hidden", `${site}/page-hidden.html`);
+  // As a volume of Kubernetes has it.
+  await Deno.mkdir(`${site}/..2026_11_28`);
+  await Deno.writeTextFile(`${site}/..2026_11_28/config.txt`, "config");
+  await Deno.symlink("..2026_11_28", `${site}/..data`);
+  await Deno.symlink("..data/config.txt", `${site}/config.txt`);
   await Deno.mkdir(`${site}/hidden-page`);
   await Deno.symlink("../.hidden", `${site}/hidden-page/index.html`);
   await new Deno.Command("mkfifo", { args: [`${site}/pipe`] }).output();
