@@ -1822,7 +1822,7 @@ interface Evidence {
   changed: number;
 }
 
-/** A path that was looked at. */
+/** What was seen at a path. */
 interface Observation {
   readonly path: string;
   readonly found: Found | undefined;
@@ -4029,32 +4029,40 @@ const CUT = 11;
 /** How many bytes are looked at, how many of them in one run, and how many ASCII ones beside what is not. */
 const SAMPLE = 1536, RUN = 512, BESIDE = 32;
 
-/**
- * The encodings that bytes may be in, likeliest first; none for ASCII, which is the same in all.
- *
- * @param hints Bits to take off for encodings that are expected here, such as those of the files beside this one.
- * @param partial Whether the bytes go on: the last character may be cut off.
- * @param among The names of the encodings to choose from.
- */
-function detect(
-  bytes: Uint8Array,
-  hints: ReadonlyMap<string, number> = new Map(),
-  partial = false,
-  among?: readonly string[],
-): Reading[] {
+/** What is known of bytes whose encoding is to be found. */
+interface Expectations {
+  /** Bits to take off for encodings that are expected here, such as those of the files beside this one. */
+  readonly hints?: ReadonlyMap<string, number>;
+  /** Whether the bytes go on: the last character may be cut off. */
+  readonly partial?: boolean;
+  /** The names of the encodings to choose from. */
+  readonly among?: readonly string[];
+  /** Readings that cost so many bits more than the best one need not be told apart: their bits are Infinity. */
+  readonly slack?: number;
+}
+
+/** The encodings that bytes may be in, likeliest first; none for ASCII, which is the same in all. */
+function detect(bytes: Uint8Array, expectations: Expectations = {}): Reading[] {
+  const { hints, partial = false, among, slack = Infinity } = expectations;
   const seen = among === undefined ? sniffUtf16(bytes) ?? sniffIso2022Jp(bytes) : undefined;
   if (seen !== undefined) return [{ encoding: seen, text: decodeReading(bytes.subarray(0, SAMPLE), seen), bits: 0 }];
   const sample = tellingBytes(bytes), isUtf8 = isMostlyUtf8(sample, partial);
   if (sample.length === 0) return [];
   // Of a long run only the beginning is looked at, which may cut a character.
-  const canCut = partial || sample.length > RUN;
-  return (among?.map(candidateOf) ?? ownCandidates()).filter(({ encoding }) => encoding !== "utf-8" || isUtf8)
-    .map(({ encoding, rarity, languages }) => {
-      const whole = decodeReading(sample, encoding);
-      const text = canCut && isWide(encoding) ? whole.replace(/\ufffd{1,3}(?=\n)/g, "") : whole;
-      const bits = bitsOf(text, languages()) + (whole.length - text.length) * CUT + rarity;
-      return { encoding, text, bits: bits - (hints.get(encoding) ?? 0) };
-    }).sort((a, b) => a.bits - b.bits);
+  const canCut = partial || sample.length > RUN, hintOf = (encoding: string) => hints?.get(encoding) ?? 0;
+  const candidates = (among?.map(candidateOf) ?? ownCandidates()).filter(({ encoding }) =>
+    encoding !== "utf-8" || isUtf8
+  ).sort((a, b) => hintOf(b.encoding) - hintOf(a.encoding));
+  let least = Infinity;
+  const readings = candidates.map(({ encoding, rarity, languages }): Reading => {
+    const whole = decodeReading(sample, encoding);
+    const text = canCut && isWide(encoding) ? whole.replace(/\ufffd{1,3}(?=\n)/g, "") : whole;
+    const ownBits = (whole.length - text.length) * CUT + rarity - hintOf(encoding);
+    const bits = ownBits + bitsOf(text, languages(), least + slack - ownBits);
+    least = Math.min(least, bits);
+    return { encoding, text, bits };
+  });
+  return readings.sort((a, b) => a.bits - b.bits);
 }
 
 /**
@@ -4063,7 +4071,7 @@ function detect(
  */
 function evidentEncoding(bytes: Uint8Array, type: string, partial = false): string | undefined {
   return sniffByteOrderMark(bytes) ?? declaredEncoding(bytes, type) ?? sniffUtf16(bytes) ?? sniffIso2022Jp(bytes) ??
-    (isValid(bytes, "utf-8", partial) || isMostlyUtf8(bytes, partial) ? "utf-8" : undefined);
+    (isMostlyUtf8(bytes, partial) ? "utf-8" : undefined);
 }
 
 /** Bits that text may cost in the encoding that it is in: a little, and so much a character. */
@@ -4086,7 +4094,7 @@ function detectedEncoding(
   hints: ReadonlyMap<string, number>,
   partial: boolean,
 ): Pick<Nature, "encoding" | "isSure"> {
-  const readings = detect(bytes, hints, partial), [best] = readings;
+  const readings = detect(bytes, { hints, partial, slack: SURE_BITS }), [best] = readings;
   const isText = best !== undefined && best.bits <= READABLE_BITS + CHARACTER_BITS * best.text.length;
   if (!isText) return { encoding: undefined, isSure: false };
   return { encoding: best.encoding, isSure: isSure(readings) };
@@ -4104,7 +4112,10 @@ const IN_FORCE_BITS = 12;
 function isLikelierUtf8(bytes: Uint8Array, charset: string): boolean {
   if (!bytes.some((byte) => byte > 0x7f)) return true;
   if (charset.startsWith("utf-") || !isValid(bytes, charset)) return true;
-  const [best] = detect(bytes, new Map([[charset, IN_FORCE_BITS]]), false, ["utf-8", charset]);
+  const [best] = detect(bytes, {
+    hints: new Map([[charset, IN_FORCE_BITS]]),
+    among: ["utf-8", charset],
+  });
   return best === undefined || best.encoding === "utf-8";
 }
 
@@ -4171,6 +4182,7 @@ function sniffUtf16(bytes: Uint8Array): "utf-16le" | "utf-16be" | undefined {
 
 /** ISO-2022-JP is seven bits, and says what it is by its escape sequences (Encoding §12.2). */
 function sniffIso2022Jp(bytes: Uint8Array): "iso-2022-jp" | undefined {
+  if (!bytes.includes(0x1b)) return undefined;
   const text = latin1(bytes.subarray(0, 0x10000));
   // deno-lint-ignore no-control-regex
   const isEscaped = /\x1b(?:\$[@B]|\([JI])/.test(text) && !/[\x80-\xff]/.test(text);
@@ -4179,7 +4191,7 @@ function sniffIso2022Jp(bytes: Uint8Array): "iso-2022-jp" | undefined {
   return isEscaped && !/\ufffd./s.test(decodeReading(whole, "iso-2022-jp")) ? "iso-2022-jp" : undefined;
 }
 
-/** Whether bytes are UTF-8, or damaged UTF-8: nine tenths of those beyond ASCII stand in well-formed sequences. */
+/** Whether bytes are ASCII, UTF-8, or damaged UTF-8: nine tenths of those beyond ASCII stand in well-formed sequences. */
 function isMostlyUtf8(bytes: Uint8Array, partial = false): boolean {
   let good = 0, bad = 0;
   for (let i = 0, end = 0; i < bytes.length; i = end) {
@@ -4190,7 +4202,7 @@ function isMostlyUtf8(bytes: Uint8Array, partial = false): boolean {
     if (end === i + length || partial && length > 0 && end === bytes.length) good += end - i;
     else bad += end - i;
   }
-  return good > 0 && bad * 9 <= good;
+  return bad * 9 <= good;
 }
 
 const DECODERS = new Map<string, TextDecoder>();
@@ -4837,6 +4849,7 @@ const PRESCAN_DECODER = new TextDecoder("x-user-defined");
 
 /** The encoding that a document declares within itself: the first that exists, if any. */
 function declaredEncoding(bytes: Uint8Array, type: string): string | undefined {
+  if (!/css$|html$|xml$/.test(type)) return undefined;
   // HTML §4.2.5.4: in XHTML a `meta` declares nothing. It is only kept from lying when its page is converted.
   const reading = type === XHTML ? "application/xml" : type;
   const declarations = findDeclarations(PRESCAN_DECODER.decode(bytes.subarray(0, DECLARATION_LIMIT)), reading);
