@@ -5058,7 +5058,9 @@ async function readPage(site: Site, path: string, asked: ListingQuery) {
   for (let attempt = 0; attempt < LISTING_ATTEMPTS; attempt++) {
     const folder = lstatOf(path), listed = await readFolder(site, path).catch(undefinedIfAbsent);
     if (folder === undefined || listed === undefined) throw new HttpError(404, "This folder no longer exists");
-    const entries = await describePage(path, listed, asked);
+    const { entries, isWhole } = await describePage(path, listed, asked);
+    // What is gone may have been elsewhere, too, while the names were read.
+    if (!isWhole && attempt < LISTING_ATTEMPTS - 1) continue;
     // If the folder was swapped for a link meanwhile, nothing from elsewhere may be shown.
     const shown = entries.filter(({ name }) => !listed.links.has(name));
     const isShown = (found: FileInfo) => {
@@ -5107,19 +5109,21 @@ function sortNames(names: string[]): string[] {
   return names.length > COLLATED ? names : names.sort(collator().compare);
 }
 
-/** The entries of one page. Only an order by size or time needs to look at all of them. */
+/** The entries of one page, and whether all were still there. Only an order by size or time needs to look at all. */
 async function describePage(path: string, listed: Listed, asked: ListingQuery) {
   const { sort, descending, page } = asked, { folders, files, links } = listed, entries: FolderEntry[] = [];
   const onPage = <T>(list: readonly T[]) => list.slice((page - 1) * LISTING_PAGE, page * LISTING_PAGE);
   const names = [folders, files].flatMap((names) => sort === "name" && descending ? names.toReversed() : names);
-  for (const [i, name] of (sort === "name" ? onPage(names) : names).entries()) {
+  const described = sort === "name" ? onPage(names) : names;
+  for (const [i, name] of described.entries()) {
     if (i % LISTING_SLICE === LISTING_SLICE - 1) await yieldToOthers();
     const entry = links.get(name) ?? describeEntry(pathBelow({ path }, name));
     if (entry !== undefined) entries.push(entry);
   }
-  if (sort === "name") return entries;
-  const sign = descending ? -1 : 1;
-  return onPage(entries.sort((a, b) => Number(b.isFolder) - Number(a.isFolder) || sign * (a[sort] - b[sort])));
+  const isWhole = entries.length === described.length, sign = descending ? -1 : 1;
+  if (sort === "name") return { entries, isWhole };
+  entries.sort((a, b) => Number(b.isFolder) - Number(a.isFolder) || sign * (a[sort] - b[sort]));
+  return { entries: onPage(entries), isWhole };
 }
 
 /** A file or folder that no link leads to; undefined for what is neither, or is gone. */
