@@ -1398,14 +1398,12 @@ class Exchange implements Incoming {
 
   /** Head and content in one piece, for one write. That of a kept response is reused until its Date changes. */
   compose(message: WholeMessage): Uint8Array {
-    const goesOn = this.#decidePersistence(),
-      { method, minor } = this.head,
-      { kept } = message,
-      date = this.server.date();
+    const goesOn = this.#decidePersistence(), { method, minor } = this.head;
+    const { kept } = message, date = this.server.date();
     const kind = (goesOn ? 1 : 0) + minor * 2 + (method === "HEAD" ? 4 : 0);
     if (kept !== undefined && kept.date !== date) [kept.date, kept.composed] = [date, []];
     const bytes = kept?.composed[kind] ?? composeMessage(this.server, message, this.head, goesOn);
-    if (kept !== undefined) kept.composed[kind] = ownBytes(bytes);
+    if (kept !== undefined) kept.composed[kind] ??= ownBytes(bytes);
     this.server.log.response(this, message, bytes, message.content.length);
     return bytes;
   }

@@ -157,8 +157,9 @@ function readTarget(method: string, target: string, hosts: string[], old: boolea
     return /^[a-z][\w+.-]*:/i.test(target) ? { authority: "", path: "", doubt: true } : undefined;
   }
   const authority = absolute ? absolute[2]! : host ?? "", rest = absolute ? absolute[3]! : target;
-  const doubt = odd || /[^\w.~!$&'()*+,;=:@/?%-]|%(?![\dA-Fa-f]{2})/.test(rest) ||
-    absolute && (!/^https?$/i.test(absolute[1]!) || /^\.*(?::|$)/.test(authority) || !AUTHORITY.test(authority));
+  // A port, or dots, without a host name nobody.
+  const doubt = odd || /^\.*:|^\.+$/.test(authority) || /[^\w.~!$&'()*+,;=:@/?%-]|%(?![\dA-Fa-f]{2})/.test(rest) ||
+    absolute && (!/^https?$/i.test(absolute[1]!) || authority === "" || !AUTHORITY.test(authority));
   return { authority, path: rest.split("?")[0] || "/", doubt: Boolean(doubt) };
 }
 
