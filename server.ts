@@ -2190,8 +2190,8 @@ interface Stream {
   readonly chunkSize?: number;
   /** Called when it will not be read. */
   readonly cancel?: () => unknown;
-  /** Yields the bytes from `start` up to, not including, `end`. */
-  readonly read: (start?: number, end?: number) => AsyncIterable<Uint8Array>;
+  /** Yields the bytes of these ranges, one range after the other; without any, all. No piece is of two ranges. */
+  readonly read: (ranges?: readonly ByteRange[]) => AsyncIterable<Uint8Array>;
 }
 
 /** Makes the response to a located request. */
@@ -2887,21 +2887,28 @@ function streamedMessage(variant: Variant, samples: readonly Sample[]): StreamMe
   return { ...variantHead(variant), content };
 }
 
+/** The whole of something, as ranges. */
+const ALL: readonly ByteRange[] = [{ start: 0, end: Infinity }];
+
 /** A large file, as it is, as long as it was when it was looked at. */
 function streamFile(source: FileFound, samples: readonly Sample[], pieceSize: number = PIECE_SIZE): Stream {
   return {
     length: source.size,
-    async *read(start = 0, end = Infinity) {
+    async *read(ranges = ALL) {
+      // Opened once: all ranges are of one file, whatever takes its place.
       using file = await openFile(source.evidence.site, source.path);
       const info = file.stat();
       if (!isSameFile(info, source.info) || info.size < source.size) throw fileChanged();
-      const buffer = new Uint8Array(pieceSize), last = Math.min(end, source.size);
-      for (let at = start; at < last; at += pieceSize) {
-        const piece = last - at < pieceSize ? buffer.subarray(0, last - at) : buffer;
-        if (file.read(piece, at) < piece.length || !await keepsItsBytes(file, source.info, source.path, samples)) {
-          throw fileChanged();
+      const buffer = new Uint8Array(pieceSize);
+      for (const { start, end } of ranges) {
+        const last = Math.min(end, source.size);
+        for (let at = start; at < last; at += pieceSize) {
+          const piece = buffer.subarray(0, last - at);
+          if (file.read(piece, at) < piece.length || !await keepsItsBytes(file, source.info, source.path, samples)) {
+            throw fileChanged();
+          }
+          yield piece;
         }
-        yield piece;
       }
     },
   };
@@ -2929,14 +2936,16 @@ function streamConverted(variant: Variant, samples: readonly Sample[]): Stream {
   conversions.set(key, conversion);
   return {
     length: conversion.length,
-    async *read(start = 0, end = Infinity) {
-      const checkpoint = conversion.checkpoints.findLast(({ to }) => to <= start)!;
-      let at = checkpoint.to;
-      for await (const piece of convertPieces({ ...variant, samples }, conversion, checkpoint)) {
-        const part = piece.subarray(Math.max(0, start - at), Math.max(0, end - at));
-        at += piece.length;
-        if (part.length > 0) yield part;
-        if (at >= end) return;
+    async *read(ranges = ALL) {
+      for (const { start, end } of ranges) {
+        const checkpoint = conversion.checkpoints.findLast(({ to }) => to <= start)!;
+        let at = checkpoint.to;
+        for await (const piece of convertPieces({ ...variant, samples }, conversion, checkpoint)) {
+          const part = piece.subarray(Math.max(0, start - at), Math.max(0, end - at));
+          at += piece.length;
+          if (part.length > 0) yield part;
+          if (at >= end) break;
+        }
       }
     },
   };
@@ -2981,7 +2990,7 @@ interface Block {
 
 async function* blocksFrom(file: FileFound, samples: readonly Sample[], from: number): AsyncGenerator<Block> {
   let rest = new Uint8Array(), read = from;
-  for await (const piece of streamFile(file, samples, CONVERTED_PIECE).read(from)) {
+  for await (const piece of streamFile(file, samples, CONVERTED_PIECE).read([{ start: from, end: Infinity }])) {
     const bytes = rest.length > 0 ? concat([rest, piece]) : piece, isLast = (read += piece.length) >= file.size;
     // A declaration may stand anywhere in the first piece.
     const isFirst = read === piece.length, lineEnd = isLast ? bytes.length : isFirst ? 0 : bytes.lastIndexOf(LF) + 1;
@@ -3211,17 +3220,19 @@ function slice(content: Uint8Array | Stream, parts: readonly (ByteRange | Uint8A
   return {
     length: parts.reduce((sum, part) => sum + (part instanceof Uint8Array ? part.length : part.end - part.start), 0),
     async *read() {
-      let before: Uint8Array = NO_BYTES;
-      for (const part of parts) {
-        if (part instanceof Uint8Array) before = concat([before, part]);
-        else {
-          for await (const piece of content.read(part.start, part.end)) {
-            yield before.length > 0 ? concat([before, piece]) : piece;
-            before = NO_BYTES;
-          }
+      const rest = [...parts], ranges = parts.filter((part): part is ByteRange => !(part instanceof Uint8Array));
+      let left = 0;
+      for await (const piece of content.read(ranges)) {
+        // What stands before a part goes with its first piece: if that cannot be had, an error page still can.
+        const before: Uint8Array[] = [];
+        for (let part; left === 0 && (part = rest.shift()) !== undefined;) {
+          if (part instanceof Uint8Array) before.push(part);
+          else left = part.end - part.start;
         }
+        left -= piece.length;
+        yield before.length > 0 ? concat([...before, piece]) : piece;
       }
-      if (before.length > 0) yield before;
+      for (const part of rest) if (part instanceof Uint8Array) yield part;
     },
   };
 }
