@@ -44,7 +44,7 @@ const EQUIVALENT: readonly (readonly [change: string, reason: string])[] = [
     "const step = Math.max(1, Math.⟦trunc → ceil⟧(CHUNKED_AT_ONCE / size)) * size;",
     "how many chunks share a write shows nowhere",
   ],
-  ["if (at ⟦>= → >⟧ end) return;", "one piece more is converted, and none of it is sent"],
+  ["if (at ⟦>= → >⟧ end) break;", "one piece more is converted, and none of it is sent"],
   [
     "⟦if (common + least > limit * BIT) return Infinity; → ⟧",
     "what costs more than the limit is dropped by the caller, too",
@@ -73,10 +73,13 @@ const EQUIVALENT: readonly (readonly [change: string, reason: string])[] = [
     "for (let i = 0; i ⟦< → <=⟧ costs.length; i++) costs[i] = Math.min(costs[i]!, least + SWITCH * BIT);",
     "nothing is written behind the end of an array",
   ],
-  ["if (before ⟦> → >=⟧ 0) addLetter(costs, languages, before, 0);", "an edge behind an edge costs nothing"],
-  ["if (isLetter(kind)) addLetter(costs, languages, before, number || -⟦1 → 2⟧);", "any number below 0 will do"],
   [
-    "const unit = i < text.length ? text.charCodeAt(i) : ⟦0x0a → 0x9⟧, number = numbers[unit]!;",
+    "if (letterBefore ⟦> → >=⟧ 0) addLetter(costs, languages, letterBefore, 0);",
+    "an edge behind an edge costs nothing",
+  ],
+  ["if (isLetter(kind)) addLetter(costs, languages, letterBefore, letter || -⟦1 → 2⟧);", "any number below 0 will do"],
+  [
+    "const unit = i < text.length ? text.charCodeAt(i) : ⟦0x0a → 0x9⟧, letter = numbers[unit]!;",
     "another white space that costs as much",
   ],
   ["const other = { encoding, region: -⟦1 → 0⟧, rarity: 5, languages: everyLanguage };", "its region is not asked for"],
@@ -87,19 +90,11 @@ const EQUIVALENT: readonly (readonly [change: string, reason: string])[] = [
   ],
   ['const kind = (goesOn ? 1 : 0) + minor * 2 + (method === "HEAD" ? ⟦4 → 5⟧ : 0);', "the kinds differ as much"],
   [
-    '⟦100 → 99⟧: "Continue", 200: "OK", 201: "Created", 202: "Accepted", 204: "No Content", 205: "Reset Content",',
-    "an interim answer is written elsewhere",
-  ],
-  [
-    '⟦100 → 101⟧: "Continue", 200: "OK", 201: "Created", 202: "Accepted", 204: "No Content", 205: "Reset Content",',
-    "an interim answer is written elsewhere",
-  ],
-  [
     "const carry: Carry = { state: ASCII, isLast: ⟦false → true⟧ };",
     "it is set for each piece",
   ],
   [
-    "let workedSince = ⟦0 → 1⟧, workLine: Promise<unknown> = Promise.resolve(), workers = 0;",
+    "let workedSince = ⟦0 → 1⟧, workLine: Promise<unknown> = Promise.resolve(), waitingSteps = 0;",
     "a millisecond of the start",
   ],
   ['const tag = state.map((number) => (number ?? 0).toString(⟦36 → 35⟧)).join("-");', "another spelling of a tag"],
