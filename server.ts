@@ -619,7 +619,7 @@ class Connection implements Disposable {
   readonly #conn: Deno.Conn;
   readonly #clock: Clock;
   readonly #queue: ReadQueue;
-  /** The round of the line that its last turn was in. */
+  /** The round of the queue in which it last read. */
   #round = 0;
   /** Come and not yet consumed: `#bytes` from `#start` to `#end`. */
   #bytes = new Uint8Array(BUFFER_SIZE);
@@ -1694,8 +1694,8 @@ function decodeForm(pairs: readonly (readonly [name: string, value: Uint8Array])
   const named = pairs.find(([name]) => name === "_charset_")?.[1], label = named && latin1(named).toLowerCase();
   const isNamed = label !== undefined && LABELS.includes(label);
   // All of a form is in one charset.
-  const all = () => concat(pairs.flatMap(([name, value]) => [latin1Bytes(`${name}\n`), value, latin1Bytes("\n")]));
-  const encoding = isNamed ? encodingOf(label) : utf8OrInForce(all(), charset);
+  const all = pairs.flatMap(([name, value]) => [latin1Bytes(`${name}\n`), value, latin1Bytes("\n")]);
+  const encoding = isNamed ? encodingOf(label) : utf8OrInForce(concat(all), charset);
   const readPart = (bytes: Uint8Array) => withoutReferences(decodeText(bytes, encoding), isNamed ? encoding : charset);
   return new URLSearchParams(pairs.map(([name, value]) => [readPart(latin1Bytes(name)), readPart(value)]));
 }
@@ -1889,7 +1889,8 @@ function isFresh({ checkedAt, changed }: Evidence, now: number): boolean {
 function confirm(evidence: Evidence, now: number): boolean {
   const isOld = now - evidence.since >= LONGEST_ABSENCE;
   const isTrue = evidence.observations.every((each) =>
-    each.folder !== undefined && !isOld ? isStillAbsent(evidence.site, each) : isUnchanged(evidence.site, each, now)
+    each.folder !== undefined && !isOld && isSameState(lstatOf(parentOf(each.path)), each.folder) ||
+    isUnchanged(evidence.site, each, now)
   );
   evidence.checkedAt = now;
   if (isOld) evidence.since = now;
@@ -1904,11 +1905,6 @@ function isUnchanged(site: Site, { path, found }: Observation, now: number): boo
   return again === undefined || found === undefined
     ? again === found
     : again.real === found.real && isSameState(again.info, found.info);
-}
-
-/** Whether nothing is at a path, since its folder has not changed; else it is looked for. */
-function isStillAbsent(site: Site, { path, folder }: Observation): boolean {
-  return isSameState(lstatOf(parentOf(path)), folder!) || findInside(site, path) === undefined;
 }
 
 /** Whether no folder on the way is a link by now: asked once for all that is in one, and again after a moment. */
@@ -2692,6 +2688,8 @@ interface Opened {
 
 /** How often a file that is being written over is read anew, and how long is waited between, in milliseconds. */
 const READ_ATTEMPTS = 5, READ_PAUSE = 5;
+/** How much of a large file tells whether it has only grown, at each end, in bytes. */
+const GROWTH_SAMPLE = 4096;
 
 async function readFile(found: FileFound): Promise<Opened> {
   for (let attempt = 0; attempt < READ_ATTEMPTS; attempt++) {
@@ -2701,8 +2699,9 @@ async function readFile(found: FileFound): Promise<Opened> {
     const info = opened.stat();
     const file = isSameState(info, found.info) ? found : newFile(found.path, found.name, info, found.evidence);
     const bytes = new Uint8Array(Math.min(file.size, BUFFERED_LIMIT)), length = opened.read(bytes, 0);
-    const end = Math.max(0, file.size - GROWTH_SAMPLE), isWhole = file.size === bytes.length;
-    const samples = [{ position: 0, bytes: isWhole ? bytes : bytes.slice(0, GROWTH_SAMPLE) }, readSample(opened, end)];
+    const samples = file.size === bytes.length
+      ? [{ position: 0, bytes }]
+      : [0, file.size - GROWTH_SAMPLE].map((position) => readSample(opened, position, GROWTH_SAMPLE));
     if (length < bytes.length || !await keepsItsBytes(opened, info, file.path, samples)) continue;
     if (!file.isSettled) await tagByDigest(file, opened, bytes, now);
     return { file, bytes, samples };
@@ -2756,8 +2755,8 @@ async function keepsItsBytes(
     if (info.size > opened.size) return samples.every((sample) => hasSample(file, sample));
     if (info.size < opened.size) return false;
     // What is removed, or has another in its place, changes its state, but no byte.
-    const there = lstatOf(path),
-      isGone = there === undefined || !isSameFile(there, info) || info.nlink !== opened.nlink;
+    const there = lstatOf(path);
+    const isGone = there === undefined || !isSameFile(there, info) || info.nlink !== opened.nlink;
     if (isGone && isSameState({ ...info, ctime: opened.ctime }, opened)) return true;
   }
   return false;
@@ -2768,13 +2767,10 @@ function hasSample(file: OpenFile, { position, bytes }: Sample): boolean {
   return again.length === bytes.length && again.every((byte, i) => byte === bytes[i]);
 }
 
-function readSample(file: OpenFile, position: number, length: number = GROWTH_SAMPLE): Sample {
+function readSample(file: OpenFile, position: number, length: number): Sample {
   const buffer = new Uint8Array(length);
   return { position, bytes: buffer.subarray(0, file.read(buffer, position)) };
 }
-
-/** How much of a large file tells whether it has only grown, at each end, in bytes. */
-const GROWTH_SAMPLE = 4096;
 
 /** For a file that is no longer what was promised. */
 const fileChanged = () => new HttpError(503, "The file is being written", [["Retry-After", "1"]]);
@@ -4858,7 +4854,7 @@ const PRESCAN_DECODER = new TextDecoder("x-user-defined");
 
 /** The encoding that a document declares within itself: the first that exists, if any. */
 function declaredEncoding(bytes: Uint8Array, type: string): string | undefined {
-  if (!/css$|html$|xml$/.test(type)) return undefined;
+  if (type !== "text/css" && !MARKUP_TYPE.test(type)) return undefined;
   // HTML §4.2.5.4: in XHTML a `meta` declares nothing. It is only kept from lying when its page is converted.
   const reading = type === XHTML ? "application/xml" : type;
   const declarations = findDeclarations(PRESCAN_DECODER.decode(bytes.subarray(0, DECLARATION_LIMIT)), reading);
@@ -6659,7 +6655,7 @@ class Cache<V> {
   }
 
   set(key: string, value: V, size: number): void {
-    this.delete(key);
+    this.#delete(key);
     if (this.#size + size > this.#limit) [this.#older, this.#recent, this.#size] = [this.#recent, new Map(), 0];
     this.#recent.set(key, { value, size });
     this.#size += size;
@@ -6671,7 +6667,7 @@ class Cache<V> {
     if (value !== undefined && entry !== undefined) this.set(key, value, entry.size + more);
   }
 
-  delete(key: string): void {
+  #delete(key: string): void {
     this.#size -= this.#recent.get(key)?.size ?? 0;
     this.#recent.delete(key);
     this.#older.delete(key);

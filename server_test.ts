@@ -1467,6 +1467,7 @@ const FOUND: readonly [says: string, target: string, status: number, text?: stri
   ["a file below a link to a folder outside, if it may", "/folder-out/secret.txt", 200, "secret", {
     followLinks: true,
   }],
+  ["a link to a folder named almost as ROOT, if it may", "/sibling.txt", 200, "old", { followLinks: true }],
   ["nothing above, though links may lead out", "/../secret.txt", 404, undefined, { followLinks: true }],
   ["no link to nowhere, though links may lead out", "/link-nowhere", 404, undefined, { followLinks: true }],
   ["no pipe, though links may lead out", "/pipe", 404, undefined, { followLinks: true }],
@@ -3228,6 +3229,14 @@ for (const stored of ["utf-16be", "iso-2022-jp"]) {
     assertEquals([part.status, part.content], [206, bytes.slice(1_048_570, 1_048_591)]);
   });
 }
+
+Deno.test("streamConverted() knows ISO-2022-JP though what was looked at ends within an escape sequence", async () => {
+  const text = "あ" + "a".repeat(1024 * 1024 - 10) + "あ", stored = encode(text, "iso-2022-jp");
+  assertEquals(hex(stored.subarray(1024 * 1024 - 2, 1024 * 1024)), "1b 24");
+  await using server = await serveTree({ "a.txt": stored });
+  const reply = await ask(server, get("/a.txt?charset=utf-8"));
+  assert(charsetOf(reply) === "utf-8" && textOf(reply) === text);
+});
 
 Deno.test("streamConverted() corrects a declaration behind a short first line", async () => {
   const page = (label: string) => `<!doctype html>\n<meta charset="${label}"><p>${"你好".repeat(400_000)}`;
@@ -6672,6 +6681,9 @@ async function addSpecialFiles(path: string): Promise<void> {
   await Deno.symlink(path, `${site}/folder-out`);
   await Deno.symlink(`${path}/nowhere`, `${site}/link-nowhere`);
   await Deno.symlink("a.txt", `${site}/link-in`);
+  await Deno.mkdir(`${site}-old/.files`, { recursive: true });
+  await Deno.writeTextFile(`${site}-old/.files/o.txt`, "old");
+  await Deno.symlink(`${site}-old/.files/o.txt`, `${site}/sibling.txt`);
   await Deno.symlink("link-circle", `${site}/link-circle`);
   await Deno.symlink("folder", `${site}/folder-in`);
   await Deno.symlink(".hidden", `${site}/link-dot`);

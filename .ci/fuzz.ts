@@ -286,7 +286,7 @@ function judge(sent: string, received: string, ended: boolean, checksHost: boole
       !checksHost || known === (status !== 421) || !served || asked.authority === "",
       `${status} for that host`,
     );
-    const tag = /^\/(?:tag|constant|slow|stream|web)\/(\d{1,9})$/.exec(path)?.[1];
+    const tag = /^\/(?:tag|answer|slow|stream|web)\/(\d{1,9})$/.exec(path)?.[1];
     if (served && status !== 421 && tag !== undefined && (method === "GET" || method === "HEAD")) {
       insist(status === 200 && (method === "HEAD" || body === tag), `${what}: ${status} ${escaped(body.slice(0, 99))}`);
     }
@@ -359,7 +359,7 @@ function chunked(random: Random, text: string): string {
 function makeRequest(random: Random, number: number): string {
   const odd = (probability: number) => random.chance(probability);
   const isPost = odd(0.25), method = odd(0.15) ? random.pick(METHODS) : isPost ? "POST" : odd(0.1) ? "HEAD" : "GET";
-  const tagged = `/${random.pick(["tag", "constant", "slow", "stream", "web"])}/${odd(0.3) ? 7 : number}`;
+  const tagged = `/${random.pick(["tag", "answer", "slow", "stream", "web"])}/${odd(0.3) ? 7 : number}`;
   const soup = "/" + random.some(6, () => random.pick(PATH_PIECES) + (odd(0.5) ? "/" : "")).join("");
   const usual = isPost ? random.pick(["/echo", "/echo", "/echo-web", "/form", tagged]) : odd(0.6) ? tagged : soup;
   const target = odd(0.05) ? random.pick(ODD_TARGETS) : usual;
@@ -907,7 +907,7 @@ async function startLab(): Promise<{ port: number; stop: () => Promise<void>; de
 const number = /\/(?<number>\d+)$/.source;
 const ROUTES: readonly Route[] = [
   [new RegExp("^/tag" + number), ({ params }) => params.number!],
-  [new RegExp("^/constant" + number), ({ params }) => ({ body: params.number!, constant: true })],
+  [new RegExp("^/answer" + number), ({ params }) => ({ body: params.number! })],
   [new RegExp("^/slow" + number), ({ params }) => pause(1).then(() => params.number!)],
   [
     new RegExp("^/stream" + number),
