@@ -6586,7 +6586,7 @@ function concat(parts: readonly Uint8Array[]): Uint8Array<ArrayBuffer> {
 
 /**
  * Calls back after a time in milliseconds. Does not keep the process going: a listener does, or `HttpServer.#end`.
- * (`setTimeout` would: but Deno loads Node's timers with the first one, for 4 ms and 10 MB.)
+ * (`setTimeout` would: but Deno loads Node's timers with the first one, for 4 ms and 3 MB.)
  */
 function after(time: number, callback: () => void): void {
   AbortSignal.timeout(time).onabort = callback;
